@@ -1,0 +1,29 @@
+"""Invertible maps with a cheap log-determinant; one idea a file."""
+
+from glowscale.bijections.actnorm import ActNorm, initializing
+from glowscale.bijections.base import Bijection, Sequential, Shape
+from glowscale.bijections.conv1x1 import Invertible1x1Conv
+from glowscale.bijections.coupling import AdditiveCoupling, AffineCoupling, Coupling
+from glowscale.bijections.elementwise import AffinePixels, LogitPixels, Sigmoid
+from glowscale.bijections.matrices import InvertibleMatrix, LUMatrix, PlainMatrix
+from glowscale.bijections.squeeze import Squeeze, Unsqueeze
+
+__all__ = [
+    "ActNorm",
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "AffinePixels",
+    "Bijection",
+    "Coupling",
+    "Invertible1x1Conv",
+    "InvertibleMatrix",
+    "LUMatrix",
+    "LogitPixels",
+    "PlainMatrix",
+    "Sequential",
+    "Shape",
+    "Sigmoid",
+    "Squeeze",
+    "Unsqueeze",
+    "initializing",
+]

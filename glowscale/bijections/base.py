@@ -1,0 +1,87 @@
+"""What every bijection is: `forward` maps data to latent and measures it, `inverse` undoes it."""
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+"""A tensor's shape without its batch dimension; an image's is (C, H, W)."""
+
+
+class Bijection(nn.Module):
+    """An invertible map whose Jacobian determinant is cheap.
+
+    `forward(x, context) -> (z, log_det)` maps data x (B, ...) to z (B, ...), with
+    `log_det` = log|det dz/dx| of shape (B,), in float32 or x's wider type, also under autocast.
+    `inverse(z, context) -> x` undoes it and never changes state. `context` (B, ...) is what a
+    conditional bijection depends on; others ignore it.
+    """
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map x (B, ...) to z (B, ...); return it with log|det dz/dx|, (B,)."""
+        raise TypeError(f"{type(self).__name__} must define forward(x, context).")
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Map z (B, ...) back to x (B, ...)."""
+        raise TypeError(f"{type(self).__name__} must define inverse(z, context).")
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Shape of z for x of `shape`, both without the batch; raises ValueError if unfit."""
+        return shape
+
+
+class Sequential(Bijection):
+    """Bijections applied one after the other; their log-dets add.
+
+    >>> from glowscale.bijections import ActNorm, Squeeze
+    >>> chain = Sequential([Squeeze(), ActNorm(4)])
+    >>> z, log_det = chain(torch.zeros(2, 1, 4, 4))
+    >>> z.shape, log_det.shape
+    (torch.Size([2, 4, 2, 2]), torch.Size([2]))
+    """
+
+    def __init__(self, bijections: Iterable[Bijection]) -> None:
+        super().__init__()
+        self.bijections = cast("Sequence[Bijection]", nn.ModuleList(bijections))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Apply the bijections first to last."""
+        total = zero_log_det(x)
+        for bijection in self.bijections:
+            x, log_det = bijection(x, context)
+            total = total + log_det
+        return x, total
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Undo the bijections last to first."""
+        for bijection in reversed(self.bijections):
+            z = bijection.inverse(z, context)
+        return z
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Shape after the last bijection."""
+        for bijection in self.bijections:
+            shape = bijection.output_shape(shape)
+        return shape
+
+
+def sum_per_image(x: Tensor) -> Tensor:
+    """Sum all but the batch dimension: (B, ...) to (B,)."""
+    return x.flatten(1).sum(1)
+
+
+def zero_log_det(x: Tensor) -> Tensor:
+    """The log-det of a map that preserves volume: zeros (B,), at least float32."""
+    return x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def soft_clamp(x: Tensor, bound: float) -> Tensor:
+    """Bound x smoothly to (-bound, bound), the identity near zero."""
+    return bound * torch.tanh(x / bound)
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context in which autocast leaves flow arithmetic on x's device alone."""
+    return torch.autocast(device_type=x.device.type, enabled=False)

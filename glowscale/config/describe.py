@@ -1,0 +1,54 @@
+"""The help text of the config: every key with its type, default and meaning."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from glowscale.config.load import sections_of
+from glowscale.config.schema import Config, Optimizer, Section
+
+
+def describe() -> str:
+    """Every key with its type, default and meaning, one a line."""
+    rows = list(_describe(Config, ""))
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"  {key:<{width}}  {text}" for key, text in rows)
+
+
+def _describe(section: type[Section], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, field in section.model_fields.items():
+        key = prefix + name
+        sections = sections_of(field.annotation)
+        if not sections or field.description:
+            yield key, f"{_type_name(field)}{_default_text(field)}: {field.description}"
+        for inner in sections:
+            tag = inner.model_fields.get("kind") if len(sections) > 1 else None
+            infix = f"[{get_args(tag.annotation)[0]}]" if tag else ""
+            yield from _describe(inner, f"{key}{infix}.")
+
+
+def _type_name(field: FieldInfo) -> str:
+    def name(annotation: Any) -> str:  # noqa: ANN401
+        if get_origin(annotation) is Literal:
+            return " | ".join(map(str, get_args(annotation)))
+        if get_origin(annotation) is Annotated:
+            return name(get_args(annotation)[0])
+        if args := get_args(annotation):
+            return " | ".join(dict.fromkeys(name(arg) for arg in args))
+        if annotation is type(None):
+            return "null"
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            return "section"
+        return str(annotation.__name__).lower()
+
+    return name(field.annotation)
+
+
+def _default_text(field: FieldInfo) -> str:
+    if field.is_required():
+        return ", required"
+    if isinstance(field.default, Section):
+        kind = getattr(field.default, "kind", None)
+        return f", default {kind}" if kind and not isinstance(field.default, Optimizer) else ""
+    return f", default {'null' if field.default is None else field.default}"

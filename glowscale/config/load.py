@@ -1,0 +1,147 @@
+"""From YAML and `dotted.key=value` overrides to a validated config, or to one clear sentence."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from glowscale.config.schema import Config, Section
+from glowscale.errors import UserError
+
+
+class ConfigError(UserError):
+    """A config that cannot be; the message names the key, the value and what is allowed."""
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config and apply `dotted.key=value` overrides, whose values are YAML.
+
+    Raises:
+        ConfigError: if the file is missing or is no YAML mapping, an override has no `=`, or
+            the result is not a valid config.
+    """
+    if not path.is_file():
+        raise ConfigError(f"There is no config {path}.")
+    content = _parse_yaml(path.read_text(), str(path))
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must be a mapping of sections, not {type(content).__name__}.")
+    for override in overrides:
+        _apply_override(content, override)
+    return parse_config(content)
+
+
+def parse_config(content: Mapping[str, Any]) -> Config:
+    """Validate a config given as nested mappings; raises ConfigError."""
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(e, content) for e in error.errors())) from None
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:  # noqa: ANN401
+    """Dotted keys at which two nested mappings differ, with both values.
+
+    >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
+    {'a.c': (2, 3)}
+    """
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {} if old == new else {prefix: (old, new)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**old, **new}:
+        dotted = f"{prefix}.{key}" if prefix else key
+        found |= differences(old.get(key), new.get(key), dotted)
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: 1e-3 is a number, and a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                line = node.start_mark.line + 1
+                raise yaml.YAMLError(f"the key {key!r} stands twice in the mapping at line {line}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:  # noqa: ANN401
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is no valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    dotted, equals, value = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"The override {override!r} must have the form dotted.key=value.")
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise ConfigError(f"The override {override!r} goes below {parent!r}, a plain value.")
+    content[last] = _parse_yaml(value, f"The override {override!r}")
+
+
+def _sentence(error: ErrorDetails, content: Mapping[str, Any]) -> str:
+    """One sentence for one finding of pydantic."""
+    path = _path_without_tags(error["loc"], content)
+    dotted = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        allowed = _allowed_keys(path, content)
+        close = difflib.get_close_matches(path[-1], allowed, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"Unknown config key {dotted!r}: {hint}Allowed are {', '.join(allowed)}."
+    if error["type"] == "missing":
+        return f"The config key {dotted!r} is missing."
+    if error["type"] == "union_tag_invalid":
+        tag, expected = error["ctx"]["tag"], error["ctx"]["expected_tags"]
+        return f"The config key '{dotted}.kind' is {tag!r}; it must be one of {expected}."
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "it must")
+    if not dotted:
+        return f"The config cannot be: {message}."
+    return f"The config key {dotted!r} is {error['input']!r}; {message}."
+
+
+def _path_without_tags(loc: Sequence[int | str], content: Any) -> list[str]:  # noqa: ANN401
+    """Pydantic puts a union's tag into the path; keep only the keys that a user wrote."""
+    path = []
+    for index, part in enumerate(loc):
+        present = isinstance(content, Mapping) and part in content
+        if present or index == len(loc) - 1:
+            path.append(str(part))
+        if present:
+            content = content[part]
+    return path
+
+
+def _allowed_keys(path: Sequence[str], content: Any) -> list[str]:  # noqa: ANN401
+    section: type[Section] = Config
+    for part in path[:-1]:
+        content = content[part]
+        sections = sections_of(section.model_fields[part].annotation)
+        section = next((s for s in sections if _matches(s, content)), sections[0])
+    return list(section.model_fields)
+
+
+def _matches(section: type[Section], content: Mapping[str, Any]) -> bool:
+    tag = section.model_fields.get("kind")
+    return tag is None or content.get("kind") in get_args(tag.annotation)
+
+
+def sections_of(annotation: Any) -> list[type[Section]]:  # noqa: ANN401
+    """The sections that a field's type allows."""
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, Section) else []
+    return [section for part in get_args(annotation) for section in sections_of(part)]

@@ -1,0 +1,206 @@
+"""Every config key, with its type, its default and its meaning."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+
+FilePath = Annotated[Path, Field(strict=False), PlainSerializer(str)]
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of a config: immutable, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Run(Section):
+    """The run itself."""
+
+    dir: FilePath = Field(description="folder of the run; starting again in it resumes")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of everything that is drawn")
+
+
+class DigitsSource(Section):
+    """The handwritten digits inside scikit-learn."""
+
+    kind: Literal["digits"] = Field(description="scikit-learn's handwritten digits")
+    held_out: Count = Field(297, description="images that are held out, chosen by key")
+
+
+class IdxSource(Section):
+    """IDX files of the MNIST family."""
+
+    kind: Literal["idx"] = Field(description="IDX files of the MNIST family")
+    path: FilePath = Field(description="folder of the IDX files, gzipped or not")
+
+
+class Data(Section):
+    """The images and how they are read."""
+
+    dir: FilePath = Field(description="folder of the packed splits, made by make_shards.py")
+    source: Annotated[DigitsSource | IdxSource, Field(discriminator="kind")] | None = Field(
+        None, description="what to pack into `dir` if nothing is there"
+    )
+    shard_size: Count = Field(10_000, description="images a shard when packing")
+    train_split: str = Field("train", description="split to train on")
+    held_out_split: str = Field("test", description="split to evaluate on")
+    lanes: Count = Field(
+        8, description="lanes of the stream; its divisors are the legal process counts"
+    )
+    shuffle_block: Count = Field(1024, description="images of a lane that are shuffled together")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="reading processes beside each training process"
+    )
+
+
+class AffinePreprocessing(Section):
+    """Pixels linearly to [-½, ½]."""
+
+    kind: Literal["affine"] = Field(description="pixels linearly to [-1/2, 1/2]")
+
+
+class LogitPreprocessing(Section):
+    """Pixels to the whole line."""
+
+    kind: Literal["logit"] = Field(description="pixels to the whole line")
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.05, description="how far the ends are moved inwards before the logit"
+    )
+
+
+class UniformDequantization(Section):
+    """Uniform noise."""
+
+    kind: Literal["uniform"] = Field(description="uniform noise within a grey level")
+
+
+class VariationalDequantization(Section):
+    """Noise from a conditional flow."""
+
+    kind: Literal["variational"] = Field(description="noise from a flow that reads the image")
+    depth: Count = Field(4, description="coupling steps of the noise's flow")
+    hidden_channels: Count = Field(64, description="width of its couplings' networks")
+    context_channels: Count = Field(32, description="features that they read of the image")
+
+
+class Glow(Section):
+    """A multiscale Glow."""
+
+    family: Literal["glow"] = Field(description="which kind of flow")
+    levels: Count = Field(description="scales; the image's sides must be divisible by 2^levels")
+    depth: Count = Field(description="flow steps per level")
+    hidden_channels: Count = Field(description="width of the couplings' networks")
+    coupling: Literal["affine", "additive"] = Field("affine", description="kind of coupling")
+    scale: Literal["tanh", "sigmoid", "exponential"] = Field(
+        "tanh", description="how an affine coupling bounds its scale; exponential does not"
+    )
+    matrix: Literal["lu", "plain"] = Field("lu", description="parametrization of the 1x1 conv")
+    preprocessing: Annotated[
+        AffinePreprocessing | LogitPreprocessing, Field(discriminator="kind")
+    ] = Field(AffinePreprocessing(kind="affine"), description="from grey levels to the flow")
+    dequantization: Annotated[
+        UniformDequantization | VariationalDequantization, Field(discriminator="kind")
+    ] = Field(UniformDequantization(kind="uniform"), description="how pixels become continuous")
+
+
+class Optimizer(Section):
+    """The optimizer."""
+
+    kind: Literal["adamax", "adamw"] = Field("adamax", description="update rule")
+    lr: Positive = Field(1e-3, description="learning rate after the warm-up")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="decay of the mean")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the norm")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="decay of the networks' convolution weights"
+    )
+
+
+class Schedule(Section):
+    """The learning rate over the run."""
+
+    warmup_images: Annotated[int, Field(ge=0)] = Field(
+        0, description="images over which the rate rises linearly"
+    )
+    decay: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
+    final_factor: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="where the cosine ends, as a part of the full rate"
+    )
+
+
+class Train(Section):
+    """The training."""
+
+    images: Count = Field(description="length of the run in images, rounded up to whole batches")
+    batch: Count = Field(description="images of a global batch, over all processes")
+    micro_batch: Count | None = Field(
+        None, description="most images that a process holds at once; accumulation follows"
+    )
+    init_images: Count = Field(256, description="images that initialize ActNorm")
+    precision: Literal["float32", "bf16", "float64"] = Field(
+        "float32", description="of the networks; flow arithmetic is never below float32"
+    )
+    clip: Positive | None = Field(None, description="largest norm of the gradient")
+    ema_images: Count = Field(
+        50_000, description="images over which the averaged weights forget, e-fold"
+    )
+    optimizer: Optimizer = Field(Optimizer(), description="the optimizer")
+    schedule: Schedule = Field(Schedule(), description="the learning rate's course")
+
+
+class Log(Section):
+    """Metrics."""
+
+    every: Count = Field(10_000, description="images between two lines of metrics")
+
+
+class Evaluate(Section):
+    """Evaluation on held-out images."""
+
+    every: Count = Field(100_000, description="images between two evaluations")
+    images: Count | None = Field(
+        None, description="evaluate only the first so many images during training"
+    )
+    batch: Count = Field(250, description="images of a block")
+    importance_samples: Count = Field(1, description="samples of the dequantization noise")
+
+
+class Samples(Section):
+    """Sample grids."""
+
+    every: Count = Field(100_000, description="images between two grids")
+    count: Count = Field(64, description="images of a grid")
+    temperature: Annotated[float, Field(ge=0)] = Field(
+        0.7, description="scale of the latents; 1 samples the model itself"
+    )
+
+
+class Checkpoint(Section):
+    """Checkpoints."""
+
+    every: Count = Field(100_000, description="images between two checkpoints")
+    keep: Count = Field(2, description="newest checkpoints that are kept")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: Run
+    data: Data
+    model: Glow
+    train: Train
+    log: Log = Log()
+    evaluate: Evaluate = Evaluate()
+    samples: Samples = Samples()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> Self:
+        """Refuse numbers that cannot be together."""
+        train, lanes = self.train, self.data.lanes
+        for key, value in [("train.batch", train.batch), ("train.init_images", train.init_images)]:
+            if value % lanes:
+                raise ValueError(f"{key} is {value}; it must be a multiple of data.lanes={lanes}")
+        return self

@@ -1,0 +1,102 @@
+"""Packing a source into WebDataset shards with a manifest."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import webdataset
+from tqdm import tqdm
+
+from glowscale.data.images import encode_png
+from glowscale.data.manifest import (
+    MANIFEST,
+    Fingerprint,
+    Manifest,
+    Shard,
+    load_manifest,
+    save_offsets,
+)
+from glowscale.data.sources import Sample, Split
+from glowscale.data.tar import read_samples
+from glowscale.files import TEMPORARY, sha256_of, sync
+from glowscale.randomness import generator
+
+
+def pack(splits: Iterable[Split], folder: Path, shard_size: int, seed: int = 0) -> list[Manifest]:
+    """Pack every split into its folder below `folder`; what is already packed is left alone."""
+    return [pack_split(split, folder / split.name, shard_size, seed) for split in splits]
+
+
+def pack_split(split: Split, folder: Path, shard_size: int, seed: int = 0) -> Manifest:
+    """Pack a split into `folder/shard-000000.tar ...`; the manifest comes last.
+
+    The training split is packed in a seeded random order, for shards sorted by class would
+    defeat the stream's block shuffling. Others keep the source's order.
+
+    Args:
+        split: what to pack.
+        folder: where; made if need be. A folder with a manifest is complete and left alone.
+        shard_size: samples a shard.
+        seed: seed of the order.
+
+    Raises:
+        ValueError: for a pixel that is not below the split's number of grey levels.
+    """
+    if (folder / MANIFEST).exists():
+        return load_manifest(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    order = range(split.size)
+    if split.name == "train":
+        order = generator(seed, "pack", split.name).permutation(split.size).tolist()
+    fingerprint, offsets, shards = Fingerprint(), list[int](), list[Shard]()
+    with tqdm(total=split.size, desc=f"packing {split.name}", unit="img") as progress:
+        for start in range(0, split.size, shard_size):
+            samples = [split.sample(i) for i in order[start : start + shard_size]]
+            for sample in samples:
+                _check_pixels(sample, split)
+                fingerprint.add(sample.key, sample.label, sample.image)
+            path = folder / f"shard-{len(shards):06d}.tar"
+            shard, shard_offsets = write_shard(path, samples)
+            shards.append(shard)
+            offsets += shard_offsets
+            progress.update(len(samples))
+    manifest = Manifest(
+        image_shape=split.image_shape,
+        grey_levels=split.grey_levels,
+        classes=split.classes,
+        fingerprint=fingerprint.hexdigest(),
+        offsets_sha256=save_offsets(folder, offsets),
+        shards=tuple(shards),
+    )
+    manifest.save(folder)
+    return manifest
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, list[int]]:
+    """Write a shard of PNGs and labels; return its entry and where each sample starts.
+
+    The bytes depend on the samples alone, and the file appears whole or not at all.
+    """
+    partial = path.with_name(path.name + TEMPORARY)
+    with partial.open("wb") as file:
+        writer = webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="")
+        for sample in samples:
+            label = {} if sample.label is None else {"cls": str(sample.label).encode()}
+            writer.write({"__key__": sample.key, "png": encode_png(sample.image), **label})
+        writer.close()
+        sync(partial)
+    with partial.open("rb") as written:
+        offsets = [sample.offset for sample in read_samples(written, path.name)]
+    shard = Shard(path.name, len(offsets), partial.stat().st_size, sha256_of(partial))
+    os.replace(partial, path)
+    sync(path.parent)
+    return shard, offsets
+
+
+def _check_pixels(sample: Sample, split: Split) -> None:
+    if sample.image.shape != split.image_shape or sample.image.max() >= split.grey_levels:
+        raise ValueError(
+            f"Image {sample.key!r} of shape {sample.image.shape} with values up to "
+            f"{sample.image.max()} does not fit {split.image_shape} with {split.grey_levels} "
+            f"grey levels."
+        )

@@ -1,0 +1,101 @@
+"""Dequantization: from integer pixels to continuous ones, with the density of the noise.
+
+With v = x + u, u in (0, 1) drawn from q(u|x), log p(x) ≥ E_q[log p(v) − log q(u|x)].
+"""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from glowscale.bijections import (
+    ActNorm,
+    AffineCoupling,
+    Bijection,
+    Invertible1x1Conv,
+    LUMatrix,
+    Sequential,
+    Sigmoid,
+    Squeeze,
+    Unsqueeze,
+)
+from glowscale.distributions import standard_normal_log_prob
+from glowscale.networks import ContextNetwork, ConvolutionalNetwork
+
+NoiseKind = Literal["uniform", "normal"]
+
+
+class Dequantizer(nn.Module):
+    """Adds noise within a grey level to integer pixels.
+
+    `forward(images, noise) -> (continuous, log_q)`: images (B, C, H, W) with integer values;
+    noise of their shape, of the kind that `noise_kind` names, in the model's dtype; continuous
+    images in [0, grey_levels] and log q(u|x) in nats, (B,).
+    """
+
+    name: ClassVar[str]
+    noise_kind: ClassVar[NoiseKind]
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Dequantize images (B, C, H, W); return them with log q, (B,)."""
+        raise TypeError(f"{type(self).__name__} must define forward(images, noise).")
+
+
+class UniformDequantizer(Dequantizer):
+    """q(u|x) is uniform: log q = 0."""
+
+    name = "uniform"
+    noise_kind = "uniform"
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the noise (B, C, H, W) in (0, 1)."""
+        return images.to(noise.dtype) + noise, noise.new_zeros(noise.shape[0])
+
+
+class VariationalDequantizer(Dequantizer):
+    """q(u|x) is a flow from normal noise, conditional on the image; trained with the model.
+
+    Source: Flow++ (Ho et al. 2019), section 3.1. The couplings start as the identity, so q
+    starts as nearly uniform noise.
+
+    Args:
+        image_shape: (C, H, W) of the images, H and W even.
+        grey_levels: number of values that a pixel takes.
+        depth: coupling steps.
+        hidden_channels: channels of the couplings' networks.
+        context_channels: features that the couplings read of the image.
+    """
+
+    name = "variational"
+    noise_kind = "normal"
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        grey_levels: int,
+        depth: int = 4,
+        hidden_channels: int = 64,
+        context_channels: int = 32,
+    ) -> None:
+        super().__init__()
+        self.grey_levels = grey_levels
+        self.squeeze = Squeeze()
+        channels = self.squeeze.output_shape(image_shape)[0]
+        self.context = ContextNetwork(channels, context_channels)
+        steps: list[Bijection] = []
+        for _ in range(depth):
+            network = ConvolutionalNetwork(
+                channels // 2, channels, hidden_channels, context_channels
+            )
+            steps += [
+                ActNorm(channels),
+                Invertible1x1Conv(LUMatrix(channels)),
+                AffineCoupling(network),
+            ]
+        self.flow = Sequential([self.squeeze, *steps, Unsqueeze(), Sigmoid()])
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn normal noise (B, C, H, W) into u ~ q(u|x) and add it."""
+        pixels = images.to(noise.dtype)
+        folded, _ = self.squeeze(pixels / self.grey_levels - 0.5)
+        u, log_det = self.flow(noise, self.context(folded))
+        return pixels + u, standard_normal_log_prob(noise) - log_det

@@ -1,0 +1,170 @@
+"""The multiscale flow: a bijection at every level, half the channels split off after each."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from glowscale.bijections import Bijection, Shape
+from glowscale.dequantization import Dequantizer
+from glowscale.distributions import ConditionalGaussian, Gaussian, standard_normal_log_prob
+from glowscale.networks import zero_conv
+from glowscale.randomness import NOISES, Key, normal_noise
+
+
+class FlowOutput(NamedTuple):
+    """What a model's forward pass gives."""
+
+    log_prob: Tensor
+    """Log-likelihood in nats, (B,); a lower bound under variational dequantization."""
+    penalties: dict[str, Tensor]
+    """Named terms (B,) that training adds to the loss; empty for coupling flows."""
+
+
+class Split(nn.Module):
+    """Factor the second half of the channels out, under a Gaussian prior given the first half.
+
+    Args:
+        channels: channels of x.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.kept = channels // 2
+        self.prior = ConditionalGaussian(zero_conv(self.kept, 2 * (channels - self.kept), 3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split x (B, C, H, W) into kept channels and whitened latents; also the log-det (B,)."""
+        kept, rest = x[:, : self.kept], x[:, self.kept :]
+        latents, log_det = self.prior(rest, kept)
+        return kept, latents, log_det
+
+    def inverse(self, kept: Tensor, latents: Tensor) -> Tensor:
+        """Put the factored-out channels back."""
+        return torch.cat([kept, self.prior.inverse(latents, kept)], 1)
+
+    def output_shapes(self, shape: Shape) -> tuple[Shape, Shape]:
+        """Shapes of the kept channels and of the latents."""
+        channels, height, width = shape
+        return (self.kept, height, width), (channels - self.kept, height, width)
+
+
+class MultiscaleFlow(nn.Module):
+    """An image model: dequantizer, preprocessing, and a bijection with a split at each level.
+
+    Images are uint8 (B, C, H, W) with values below `grey_levels`; continuous images have the
+    same shape and unit, in [0, grey_levels]. Latents are a list with one standard normal tensor
+    a level, finest first. Source: RealNVP (Dinh et al. 2017), section 3.6.
+
+    Args:
+        image_shape: (C, H, W).
+        grey_levels: number of values that a pixel takes, 2 to 256.
+        dequantizer: makes images continuous.
+        preprocessing: from grey levels to the flow's scale.
+        levels: the bijection of each level.
+
+    Raises:
+        ValueError: where a level does not fit the shape that reaches it.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        grey_levels: int,
+        dequantizer: Dequantizer,
+        preprocessing: Bijection,
+        levels: Iterable[Bijection],
+    ) -> None:
+        super().__init__()
+        if not 2 <= grey_levels <= 256:
+            raise ValueError(f"grey_levels is {grey_levels}; it must be from 2 to 256.")
+        self.image_shape = image_shape
+        self.grey_levels = grey_levels
+        self.dequantizer = dequantizer
+        self.preprocessing = preprocessing
+        self.levels = cast("Sequence[Bijection]", nn.ModuleList(levels))
+        self.splits = cast("list[Split]", nn.ModuleList())
+        self.latent_shapes: list[Shape] = []
+        shape: Shape = image_shape
+        for index, level in enumerate(self.levels):
+            shape = level.output_shape(shape)
+            if index < len(self.levels) - 1:
+                split = Split(shape[0])
+                shape, latent_shape = split.output_shapes(shape)
+                self.splits.append(split)
+                self.latent_shapes.append(latent_shape)
+        self.latent_shapes.append(shape)
+        self.prior = Gaussian(shape[0])
+
+    @property
+    def dimensions(self) -> int:
+        """Number of values in an image, C·H·W."""
+        channels, height, width = self.image_shape
+        return channels * height * width
+
+    def forward(
+        self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None
+    ) -> FlowOutput:
+        """Score images (B, C, H, W).
+
+        Args:
+            images: integer pixels.
+            labels: classes (B,), for a class-conditional model.
+            noise: the dequantizer's noise (B, C, H, W), of its `noise_kind`; drawn from torch's
+                global generator if not given.
+        """
+        if noise is None:
+            draw = torch.randn if self.dequantizer.noise_kind == "normal" else torch.rand
+            noise = draw(images.shape, device=images.device)
+        continuous, log_q = self.dequantizer(images, noise.to(self.prior.mean.dtype))
+        latents, log_det = self.encode(continuous)
+        log_prob = log_det - log_q
+        for z in latents:
+            log_prob = log_prob + standard_normal_log_prob(z)
+        return FlowOutput(log_prob, {})
+
+    def encode(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Map continuous images (B, C, H, W) to every level's latents and the log-det (B,)."""
+        x, total = self.preprocessing(images)
+        latents = []
+        for index, level in enumerate(self.levels):
+            x, log_det = level(x)
+            total = total + log_det
+            if index < len(self.splits):
+                x, z, log_det = self.splits[index](x)
+                total = total + log_det
+                latents.append(z)
+        z, log_det = self.prior(x)
+        return [*latents, z], total + log_det
+
+    def decode(self, latents: Sequence[Tensor]) -> Tensor:
+        """Map latents back to continuous images (B, C, H, W), the exact inverse of `encode`."""
+        x = self.prior.inverse(latents[-1])
+        for index in reversed(range(len(self.levels))):
+            if index < len(self.splits):
+                x = self.splits[index].inverse(x, latents[index])
+            x = self.levels[index].inverse(x)
+        return self.preprocessing.inverse(x)
+
+    def draw_noise(self, keys: Iterable[Key]) -> Tensor:
+        """The dequantizer's noise (B, C, H, W) on the CPU, row i a function of keys[i]."""
+        return NOISES[self.dequantizer.noise_kind](keys, self.image_shape)
+
+    def draw_latents(
+        self, seed: int, indices: Iterable[int], temperature: float = 1.0
+    ) -> list[Tensor]:
+        """Latents on the model's device; row i is a function of (seed, indices[i], temperature).
+
+        Each row is drawn on the CPU by a generator of its own, so neither the batch nor the
+        device nor the number of processes matters.
+        """
+        sizes = [torch.Size(shape).numel() for shape in self.latent_shapes]
+        flat = normal_noise(((seed, "latents", index) for index in indices), (sum(sizes),))
+        flat = (flat * temperature).to(self.prior.mean)
+        parts = torch.split(flat, sizes, dim=1)
+        return [x.view(len(x), *s) for x, s in zip(parts, self.latent_shapes, strict=True)]
+
+    def quantize(self, images: Tensor) -> Tensor:
+        """Continuous images to uint8 ones: the grey level that each value lies in."""
+        return images.floor().clamp(0, self.grey_levels - 1).to(torch.uint8)

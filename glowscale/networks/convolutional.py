@@ -1,0 +1,75 @@
+"""Convolutional networks that predict a bijection's parameters."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvolutionalNetwork(nn.Module):
+    """Glow's coupling network: 3×3, 1×1 and 3×3 convolutions with ReLU between.
+
+    Its last layer starts at zero, so a coupling starts as the identity. Source: Glow (Kingma &
+    Dhariwal 2018), appendix B.
+
+    Args:
+        in_channels: channels of x.
+        out_channels: channels of the result.
+        hidden_channels: channels between the convolutions.
+        context_channels: channels of the context, 0 where there is none.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden_channels: int,
+        context_channels: int = 0,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            he_conv(in_channels + context_channels, hidden_channels, 3),
+            nn.ReLU(inplace=True),
+            he_conv(hidden_channels, hidden_channels, 1),
+            nn.ReLU(inplace=True),
+            zero_conv(hidden_channels, out_channels, 3),
+        )
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Map x (B, in_channels, H, W) and context (B, context_channels, H, W)."""
+        return self.layers(x if context is None else torch.cat([x, context], 1))
+
+
+class ContextNetwork(nn.Module):
+    """Reads what a conditional flow depends on: two residual blocks of 3×3 convolutions.
+
+    Args:
+        in_channels: channels of x.
+        out_channels: channels of the features.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.stem = he_conv(in_channels, out_channels, 3)
+        self.blocks = nn.ModuleList(he_conv(out_channels, out_channels, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, in_channels, H, W) to features (B, out_channels, H, W)."""
+        features = self.stem(x)
+        for block in self.blocks:
+            features = features + block(F.relu(features))
+        return F.relu(features)
+
+
+def he_conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
+    """A convolution that keeps a ReLU's variance (He et al. 2015); its bias starts at zero."""
+    conv = zero_conv(in_channels, out_channels, kernel_size)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    return conv
+
+
+def zero_conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Conv2d:
+    """A convolution that starts at zero."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding="same")
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
+    return conv

@@ -1,0 +1,55 @@
+"""Pictures of a run: grids of images, and the course of bits/dim."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from glowscale.data.images import encode_png
+from glowscale.files import write_atomically
+
+GRID_SIDE = 512
+"""Small images are magnified until a grid is about so many pixels wide."""
+
+
+def save_grid(images: Tensor, grey_levels: int, path: Path) -> None:
+    """Save uint8 images (B, C, H, W) as a near-square PNG grid, the brightest level white."""
+    columns = math.ceil(math.sqrt(len(images)))
+    factor = max(1, GRID_SIDE // (columns * images.shape[-1]))
+    scaled = (images[:, :3].float() * (255 / (grey_levels - 1))).round().to(torch.uint8)
+    large = scaled.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    grid = make_grid(large, nrow=columns, padding=factor, pad_value=64)
+    write_atomically(path, encode_png(grid.numpy()))
+
+
+def save_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw bits/dim in training and on held-out images over the images seen."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    series = {
+        "training": ("train", "-", 1.2),
+        "held out (averaged weights)": ("held_out", "o-", 2),
+    }
+    lowest = math.inf
+    for label, (kind, style, width) in series.items():
+        points = [(m["images"], m["bits_per_dim"]) for m in metrics if m["kind"] == kind]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=width)
+            lowest = min(lowest, *(bits for _, bits in points))
+    settled = [m["bits_per_dim"] for m in metrics][len(metrics) // 10 :]
+    if settled:  # the first steps would squash the rest
+        axes.set_ylim(lowest - 0.1, max(settled) + 0.1)
+    axes.set(xlabel="images seen", ylabel="bits/dim")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=120, format="png")
+    partial.replace(path)
+    pyplot.close(figure)

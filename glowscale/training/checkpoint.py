@@ -1,0 +1,205 @@
+"""Checkpoints: folders of safetensors and JSON that appear whole or not at all.
+
+A checkpoint is written beside its place, synced, then renamed; then the pointer, which holds
+the digest of the checkpoint's manifest, moves; older ones go last. Nothing is ever unpickled.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from glowscale.errors import UserError
+from glowscale.files import TEMPORARY, sha256_of, sync, write_atomically
+from glowscale.models import MultiscaleFlow, build_model
+
+FORMAT = "glowscale checkpoint 1"
+POINTER = "latest.json"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+TENSORS = ("model", "ema", "optimizer")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or of another format; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint, in memory."""
+
+    path: Path
+    digest: str
+    """SHA-256 of its manifest, which holds the hashes of all its files."""
+    state: dict[str, Any]
+    """Counters, config and the model's description."""
+    tensors: dict[str, dict[str, Tensor]]
+    """Tensors by name, of each part asked for."""
+
+
+def save_checkpoint(
+    folder: Path,
+    name: str,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write the checkpoint `folder/name`, move the pointer to it, then prune to `keep`."""
+    partial = folder / (name + TEMPORARY)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for part, values in tensors.items():
+        plain = {key: value.detach().contiguous().cpu() for key, value in values.items()}
+        save_file(plain, partial / f"{part}.safetensors")
+    (partial / STATE).write_text(json.dumps(state, indent=1))
+    hashes = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+    manifest = json.dumps({"format": FORMAT, "files": hashes}, indent=1)
+    (partial / MANIFEST).write_text(manifest)
+    for path in partial.iterdir():
+        sync(path)
+    sync(partial)
+    target = folder / name
+    shutil.rmtree(target, ignore_errors=True)  # one that was found damaged on resume
+    os.replace(partial, target)
+    sync(folder)
+    pointer = {"name": name, "manifest_sha256": sha256_of(target / MANIFEST)}
+    write_atomically(folder / POINTER, json.dumps(pointer).encode())
+    _prune(folder, target, keep)
+    return target
+
+
+def read_checkpoint(path: Path, parts: tuple[str, ...] = TENSORS) -> Checkpoint:
+    """Verify and read a checkpoint.
+
+    Args:
+        path: the checkpoint's folder.
+        parts: which tensors to read; the other files are not looked at.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged or the format is another.
+    """
+    files = _read_manifest(path)
+    names = [STATE, *(f"{part}.safetensors" for part in parts)]
+    for name in names:
+        if not (path / name).is_file():
+            raise CheckpointError(f"The checkpoint {path} lacks its file {name}.")
+        if sha256_of(path / name) != files.get(name):
+            raise CheckpointError(f"{path / name} is damaged: its hash is not the manifest's.")
+    try:
+        tensors = {part: load_file(path / f"{part}.safetensors") for part in parts}
+        state = json.loads((path / STATE).read_bytes())
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    return Checkpoint(path, sha256_of(path / MANIFEST), state, tensors)
+
+
+def find_checkpoint(run: Path) -> Path:
+    """The checkpoint that a user means by a run folder or a checkpoint's own; CheckpointError."""
+    if (run / MANIFEST).is_file():
+        return run
+    pointed = _read_pointer(run / "checkpoints")
+    if not pointed:
+        raise CheckpointError(f"{run} is neither a checkpoint nor the folder of a run with one.")
+    return run / "checkpoints" / pointed["name"]
+
+
+def resume_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies, or None where there never was one.
+
+    Says on stderr which ones it had to pass over.
+
+    Raises:
+        CheckpointError: if there are checkpoints but none verifies.
+    """
+    failures = []
+    for path in _newest_first(folder):
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            failures.append(str(error))
+            print(f"WARNING: {error} Trying the one before.", file=sys.stderr)
+    if failures:
+        raise CheckpointError(f"No checkpoint in {folder} verifies: {failures[0]}")
+    return None
+
+
+def load_model(run: Path, weights: str = "ema") -> tuple[MultiscaleFlow, Checkpoint]:
+    """Build the model of a run or checkpoint and load its averaged (or `model`) weights."""
+    checkpoint = read_checkpoint(find_checkpoint(run), (weights,))
+    state = checkpoint.state
+    config = state["config"]
+    model = build_model(config["model"], tuple(state["image_shape"]), state["grey_levels"])
+    if config["train"]["precision"] == "float64":
+        model.double()
+    load_tensors(model, checkpoint.tensors[weights], checkpoint.path / f"{weights}.safetensors")
+    return model.eval().to(memory_format=torch.channels_last), checkpoint
+
+
+def load_tensors(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Load a state dict strictly, keeping the model's memory layout; CheckpointError."""
+    expected = model.state_dict()
+    wrong = sorted(
+        key
+        for key in {**expected, **tensors}
+        if key not in tensors or key not in expected or expected[key].shape != tensors[key].shape
+    )
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not fit the model at {len(wrong)} tensors, the first being {wrong[0]!r}."
+        )
+    model.load_state_dict(tensors)
+
+
+def _read_manifest(path: Path) -> dict[str, str]:
+    """Hashes of a checkpoint's files, after checking the manifest against the pointer."""
+    manifest = path / MANIFEST
+    if not manifest.is_file():
+        raise CheckpointError(f"The checkpoint {path} lacks its file {MANIFEST}.")
+    pointed = _read_pointer(path.parent)
+    if path.name == pointed.get("name") and sha256_of(manifest) != pointed.get("manifest_sha256"):
+        raise CheckpointError(f"{manifest} is damaged: its hash is not the pointer's.")
+    try:
+        content = json.loads(manifest.read_bytes())
+        found, files = content["format"], dict(content["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{manifest} is damaged: {error!r}.") from error
+    if found != FORMAT:
+        raise CheckpointError(f"{manifest} has the format {found!r}, not {FORMAT!r}.")
+    return files
+
+
+def _read_pointer(folder: Path) -> dict[str, str]:
+    """Name of the newest checkpoint and digest of its manifest; empty where there is none."""
+    pointer = folder / POINTER
+    if not pointer.is_file():
+        return {}
+    try:
+        content = json.loads(pointer.read_bytes())
+        return {"name": content["name"], "manifest_sha256": content["manifest_sha256"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{pointer} is damaged: {error!r}.") from error
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    """Delete all but the `keep` newest; those of a later place are of an abandoned course."""
+    others = [path for path in _newest_first(folder) if path != newest]
+    older = [path for path in others if path.name < newest.name]
+    for path in set(others) - set(older[: keep - 1]):
+        shutil.rmtree(path)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """Finished checkpoints, newest first; their names sort by age."""
+    if not folder.is_dir():
+        return []
+    paths = [p for p in folder.iterdir() if p.is_dir() and p.suffix != TEMPORARY]
+    return sorted(paths, reverse=True)

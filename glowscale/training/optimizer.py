@@ -1,0 +1,72 @@
+"""Optimizers and the learning rate, a function of the images seen."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def build_optimizer(
+    model: nn.Module,
+    kind: str,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """Adamax or AdamW over a model's parameters; only convolution weights decay.
+
+    Decaying the scales, biases and 1×1 matrices of the bijections would pull the density
+    itself towards a fixed one.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() == 4], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() != 4], "weight_decay": 0.0},
+    ]
+    betas = (beta1, beta2)
+    if kind == "adamax":
+        return torch.optim.Adamax(groups, lr=lr, betas=betas, foreach=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, foreach=True)
+
+
+def learning_rate(
+    images: int, total: int, lr: float, warmup_images: int, decay: str, final_factor: float
+) -> float:
+    """The rate for an update after which `images` of `total` have been seen.
+
+    It depends on nothing else, so nothing about it is saved and the number of processes does
+    not matter.
+
+    >>> [learning_rate(n, 400, 1.0, 100, "cosine", 0.0) for n in (50, 100, 250, 400)]
+    [0.5, 1.0, 0.5, 0.0]
+    """
+    if images < warmup_images:
+        return lr * images / warmup_images
+    if decay == "constant":
+        return lr
+    progress = min(1.0, (images - warmup_images) / max(1, total - warmup_images))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return lr * (final_factor + (1 - final_factor) * cosine)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as tensors named `<parameter>.<quantity>`."""
+    return {
+        f"{name}.{quantity}": torch.as_tensor(value)
+        for name, parameter in model.named_parameters()
+        for quantity, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave, in each parameter's memory layout and device."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, _, quantity = key.rpartition(".")
+        parameter = parameters[name]
+        if value.shape == parameter.shape:
+            value = torch.empty_like(parameter, dtype=value.dtype).detach().copy_(value)
+        optimizer.state[parameter][quantity] = value

@@ -1,0 +1,62 @@
+"""Generate images from a run's averaged weights, as WebDataset shards of PNGs and a grid.
+
+python pipelines/sample.py RUN --count N --out DIR, alone or under `accelerate launch`; the same
+command again makes only what is missing.
+"""
+
+import argparse
+from pathlib import Path
+
+from glowscale.distributed import start_accelerator
+from glowscale.jobs import job, report, say
+from glowscale.sampling import generate, save_preview
+from glowscale.training import load_model
+
+PREVIEW = 64
+
+
+def main() -> None:
+    """Load the model, write the shards that are missing, then the grid."""
+    arguments = parse_arguments()
+    with job():
+        accelerator = start_accelerator()
+        model, checkpoint = load_model(arguments.run, arguments.weights)
+        model.to(accelerator.device)
+        shards = generate(
+            model,
+            arguments.out,
+            count=arguments.count,
+            seed=arguments.seed,
+            temperature=arguments.temperature,
+            identity={"checkpoint": checkpoint.digest, "weights": arguments.weights},
+            shard_size=arguments.shard_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            grid = arguments.out / "grid.png"
+            count = min(arguments.count, PREVIEW)
+            save_preview(model, grid, count, arguments.seed, arguments.temperature)
+            say(f"{arguments.count:,} images in {len(shards)} shards; some of them in {grid}")
+            if arguments.json:
+                report({"images": arguments.count, "shards": list(map(str, shards))})
+        accelerator.end_training()
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="run folder or checkpoint")
+    parser.add_argument("--count", type=int, required=True, help="number of images")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float, default=1.0, help="scale of the latents")
+    parser.add_argument("--weights", choices=["ema", "model"], default="ema")
+    parser.add_argument("--shard-size", type=int, default=1000, help="images a shard")
+    parser.add_argument("--json", action="store_true", help="end with a JSON object on stdout")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""What several tests share: small models, small shards, and jobs as real processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from glowscale.bijections import ActNorm, AffinePixels, Bijection
+from glowscale.data.sources import Sample, Split
+from glowscale.data.writer import pack_split
+from glowscale.dequantization import Dequantizer, UniformDequantizer
+from glowscale.models import MultiscaleFlow, glow
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def perturb(module: torch.nn.Module, size: float = 0.3) -> None:
+    """Move every parameter off its starting point, so that no layer is the identity."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.dim() > 1:  # by the fan-in, so that wide layers stay well conditioned
+                noise /= parameter[0].numel() ** 0.5
+            parameter += size * noise.to(parameter.dtype)
+    for layer in module.modules():
+        if isinstance(layer, ActNorm):
+            layer.initialized.fill_(True)
+
+
+def tiny_glow(
+    image_shape: tuple[int, int, int] = (1, 4, 4),
+    grey_levels: int = 4,
+    dequantizer: Dequantizer | None = None,
+    preprocessing: Bijection | None = None,
+    levels: int = 1,
+    depth: int = 2,
+    hidden_channels: int = 8,
+    **arguments: Any,  # noqa: ANN401
+) -> MultiscaleFlow:
+    """A small Glow, its parameters off their starting point."""
+    model = glow(
+        image_shape,
+        grey_levels,
+        dequantizer or UniformDequantizer(),
+        preprocessing or AffinePixels(grey_levels),
+        levels=levels,
+        depth=depth,
+        hidden_channels=hidden_channels,
+        **arguments,
+    )
+    perturb(model, 0.2)
+    return model
+
+
+def random_split(
+    name: str, size: int, shape: tuple[int, int, int] = (1, 8, 8), grey_levels: int = 16
+) -> Split:
+    """Images with structure (a random ramp and noise), so that there is something to learn."""
+
+    def sample(i: int) -> Sample:
+        rng = np.random.default_rng([i, len(name)])
+        ramp = np.linspace(0, rng.uniform(0, grey_levels), shape[-1])
+        image = np.clip(ramp + rng.normal(0, 1, shape), 0, grey_levels - 1).astype(np.uint8)
+        return Sample(f"{name}-{i:05d}", image, i % 3)
+
+    return Split(name, shape, grey_levels, ("a", "b", "c"), size, sample)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small packed data set: 200 training images in uneven shards, 37 held out."""
+    folder = tmp_path_factory.mktemp("data")
+    pack_split(random_split("train", 200), folder / "train", 48)
+    pack_split(random_split("test", 37), folder / "test", 20)
+    return folder
+
+
+@pytest.fixture
+def config_dict(data_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run that takes seconds: a tiny Glow with variational dequantization."""
+    return {
+        "run": {"dir": str(tmp_path / "run")},
+        "data": {"dir": str(data_dir), "lanes": 4, "shuffle_block": 16},
+        "model": {
+            "family": "glow",
+            "levels": 2,
+            "depth": 2,
+            "hidden_channels": 8,
+            "dequantization": {
+                "kind": "variational",
+                "depth": 2,
+                "hidden_channels": 8,
+                "context_channels": 4,
+            },
+        },
+        "train": {
+            "images": 320,
+            "batch": 16,
+            "init_images": 32,
+            "clip": 10.0,
+            "ema_images": 100,
+            "optimizer": {"lr": 5e-3},
+            "schedule": {"warmup_images": 64, "decay": "cosine"},
+        },
+        "log": {"every": 48},
+        "evaluate": {"every": 160, "batch": 20},
+        "samples": {"every": 160, "count": 9},
+        "checkpoint": {"every": 64, "keep": 3},
+    }
+
+
+Runner = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def job_command(script: str, processes: int = 1) -> list[str]:
+    """The command line of a job, alone or under `accelerate launch`."""
+    path = str(ROOT / "pipelines" / script)
+    if processes == 1:
+        return [sys.executable, path]
+    config = str(ROOT / "configs" / "accelerate" / "cpu_2.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    return [*launch, "--num_processes", str(processes), "--main_process_port", "0", path]
+
+
+def job_environment(threads: int = 1) -> dict[str, str]:
+    """An environment with a fixed number of threads, for bits that can be compared."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture
+def run_job() -> Runner:
+    """Runs a job of pipelines/ as a real process and returns what it printed."""
+
+    def run(
+        script: str, *arguments: object, processes: int = 1, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        result = subprocess.run(
+            [*job_command(script, processes), *map(str, arguments)],
+            env=job_environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        if check:
+            assert result.returncode == 0, result.stderr
+        return result
+
+    return run
+
+
+def last_json(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The JSON object that a job ends with."""
+    return json.loads(result.stdout.strip().splitlines()[-1])

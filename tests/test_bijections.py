@@ -1,0 +1,289 @@
+"""The strict test of every bijection, and what is particular to some."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from glowscale.bijections import (
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
+    AffinePixels,
+    Bijection,
+    Invertible1x1Conv,
+    LogitPixels,
+    LUMatrix,
+    PlainMatrix,
+    Sequential,
+    Sigmoid,
+    Squeeze,
+    Unsqueeze,
+    initializing,
+)
+from glowscale.distributions import ConditionalGaussian, Gaussian
+from glowscale.networks import ConvolutionalNetwork
+from tests.conftest import perturb
+
+ROUND_TRIP, LOG_DET = 1e-9, 1e-8
+
+
+@dataclass(frozen=True)
+class Case:
+    make: Callable[[], Bijection]
+    shape: tuple[int, ...] = (4, 2, 3)
+    context: tuple[int, ...] | None = None
+    draw: Callable[..., Tensor] = torch.randn
+
+
+class ContextOnly(nn.Module):
+    """A network on the context alone, as a split's prior has it."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels, 3, padding=1)
+
+    def forward(self, context: Tensor) -> Tensor:
+        return self.conv(context)
+
+
+def pixels(*shape: int, dtype: torch.dtype) -> Tensor:
+    return 16 * torch.rand(*shape, dtype=dtype)
+
+
+def unit(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.rand(*shape, dtype=dtype) * 0.98 + 0.01
+
+
+def step(channels: int) -> list[Bijection]:
+    network = ConvolutionalNetwork(channels // 2, channels, 8)
+    return [
+        ActNorm(channels),
+        Invertible1x1Conv(LUMatrix(channels)),
+        AffineCoupling(network),
+    ]
+
+
+CASES = {
+    "actnorm": Case(lambda: ActNorm(4)),
+    "actnorm_vectors": Case(lambda: ActNorm(4), (4,)),
+    "conv1x1_lu": Case(lambda: Invertible1x1Conv(LUMatrix(4))),
+    "conv1x1_plain": Case(lambda: Invertible1x1Conv(PlainMatrix(4))),
+    "affine_tanh": Case(lambda: AffineCoupling(ConvolutionalNetwork(2, 4, 8))),
+    "affine_sigmoid": Case(lambda: AffineCoupling(ConvolutionalNetwork(2, 4, 8), "sigmoid")),
+    "affine_exponential": Case(
+        lambda: AffineCoupling(ConvolutionalNetwork(2, 4, 8), "exponential")
+    ),
+    "affine_odd_channels": Case(lambda: AffineCoupling(ConvolutionalNetwork(2, 6, 8)), (5, 2, 2)),
+    "affine_conditional": Case(
+        lambda: AffineCoupling(ConvolutionalNetwork(2, 4, 8, context_channels=3)),
+        context=(3, 2, 3),
+    ),
+    "additive": Case(lambda: AdditiveCoupling(ConvolutionalNetwork(2, 2, 8))),
+    "squeeze": Case(Squeeze, (3, 4, 2)),
+    "unsqueeze": Case(Unsqueeze, (8, 2, 1)),
+    "affine_pixels": Case(lambda: AffinePixels(16), draw=pixels),
+    "logit_pixels": Case(lambda: LogitPixels(16), draw=pixels),
+    "logit_pixels_wide": Case(lambda: LogitPixels(16, alpha=1e-6), draw=pixels),
+    "sigmoid": Case(Sigmoid),
+    "gaussian": Case(lambda: Gaussian(4)),
+    "conditional_gaussian": Case(
+        lambda: ConditionalGaussian(ContextOnly(3, 8)), context=(3, 2, 3)
+    ),
+    "sequential": Case(lambda: Sequential([Squeeze(), *step(8), Squeeze(), *step(32)]), (2, 4, 4)),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def build(
+    case: Case, dtype: torch.dtype = torch.float64
+) -> tuple[Bijection, Tensor, Tensor | None]:
+    """A perturbed bijection with an input and a context of three rows."""
+    bijection = case.make().to(dtype)
+    perturb(bijection)
+    x = case.draw(3, *case.shape, dtype=dtype)
+    context = None if case.context is None else torch.randn(3, *case.context, dtype=dtype)
+    return bijection, x, context
+
+
+def test_round_trip(case: Case) -> None:
+    bijection, x, context = build(case)
+    z, _ = bijection(x, context)
+    assert tuple(z.shape[1:]) == bijection.output_shape(case.shape)
+    torch.testing.assert_close(bijection.inverse(z, context), x, rtol=0, atol=ROUND_TRIP)
+
+
+def test_log_det_is_that_of_autograds_jacobian(case: Case) -> None:
+    bijection, x, context = build(case)
+    _, log_det = bijection(x, context)
+    assert log_det.shape == (3,)
+    for row in range(3):
+        row_context = None if context is None else context[row : row + 1]
+
+        def flat(
+            v: Tensor, shape: torch.Size = x.shape, context: Tensor | None = row_context
+        ) -> Tensor:
+            return bijection(v.view(1, *shape[1:]), context)[0].flatten()
+
+        jacobian = torch.autograd.functional.jacobian(flat, x[row].flatten())
+        expected = torch.linalg.slogdet(jacobian).logabsdet
+        torch.testing.assert_close(log_det[row], expected, rtol=0, atol=LOG_DET)
+
+
+def test_gradients_reach_every_parameter(case: Case) -> None:
+    bijection, x, context = build(case)
+    z, log_det = bijection(x.requires_grad_(), context)
+    ((z * torch.randn_like(z)).sum() + log_det.sum()).backward()
+    for name, parameter in [("x", x), *bijection.named_parameters()]:
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_batch_rows_are_independent(case: Case) -> None:
+    bijection, x, context = build(case)
+    z, log_det = bijection(x, context)
+    x2 = torch.cat([x[:1], torch.flip(x[1:], [0])])
+    context2 = None if context is None else torch.cat([context[:1], torch.flip(context[1:], [0])])
+    z2, log_det2 = bijection(x2, context2)
+    torch.testing.assert_close(z2[0], z[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(z2[1], z[2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(log_det2[0], log_det[0], rtol=0, atol=1e-12)
+
+
+def test_save_and_load_and_inverse_keep_the_state(case: Case) -> None:
+    bijection, x, context = build(case)
+    other = case.make().double()
+    other.load_state_dict(bijection.state_dict())
+    z, log_det = bijection(x, context)
+    z2, log_det2 = other(x, context)
+    assert torch.equal(z, z2)
+    assert torch.equal(log_det, log_det2)
+    before = {key: value.clone() for key, value in bijection.state_dict().items()}
+    bijection.inverse(z, context)
+    assert all(torch.equal(before[k], v) for k, v in bijection.state_dict().items())
+
+
+def test_flow_arithmetic_is_float32_under_autocast(case: Case) -> None:
+    bijection, x, context = build(case, torch.float32)
+    z, log_det = bijection(x, context)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_low, log_det_low = bijection(x, context)
+        x_low = bijection.inverse(z_low, context)
+    assert (z_low.dtype, log_det_low.dtype, x_low.dtype) == (torch.float32,) * 3
+    torch.testing.assert_close(x_low, x, rtol=0, atol=1e-3)  # the networks agree with themselves
+    if not any(isinstance(m, nn.Conv2d) for m in bijection.modules()):
+        assert torch.equal(z_low, z)  # not one operation in lower precision
+        assert torch.equal(log_det_low, log_det)
+
+
+@pytest.mark.parametrize("matrix", [LUMatrix, PlainMatrix])
+@pytest.mark.parametrize("dim", [1, 2, 12, 48])
+def test_matrix_starts_as_a_rotation_and_knows_its_log_det(
+    matrix: type[LUMatrix | PlainMatrix], dim: int
+) -> None:
+    module = matrix(dim).double()
+    weight, log_det = module()
+    torch.testing.assert_close(weight @ weight.T, torch.eye(dim).double(), rtol=0, atol=1e-5)
+    perturb(module)
+    weight, log_det = module()
+    expected = torch.linalg.slogdet(weight).logabsdet
+    torch.testing.assert_close(log_det, expected, rtol=0, atol=1e-9)
+    identity = torch.eye(dim, dtype=torch.float64)
+    torch.testing.assert_close(module.inverse_matrix() @ weight, identity, rtol=0, atol=1e-8)
+
+
+def test_couplings_start_as_the_identity_and_keep_half_the_channels() -> None:
+    x = torch.randn(2, 6, 3, 3)
+    fresh = AffineCoupling(ConvolutionalNetwork(3, 6, 8))
+    assert torch.equal(fresh(x)[0], x)
+    perturb(fresh)
+    z, _ = fresh(x)
+    assert torch.equal(z[:, :3], x[:, :3])
+    assert not torch.allclose(z[:, 3:], x[:, 3:])
+
+
+def test_default_scale_is_bounded() -> None:
+    class Loud(nn.Module):
+        def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+            return torch.full((x.shape[0], 4, *x.shape[2:]), 1e4)
+
+    _, log_det = AffineCoupling(Loud())(torch.randn(1, 4, 1, 1))
+    assert 0 < log_det.item() <= 2 * 2.0
+
+
+def test_squeeze_moves_each_block_of_four_pixels_into_channels() -> None:
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    z, _ = Squeeze()(x)
+    assert z[0, :, 0, 0].tolist() == [0, 1, 4, 5]
+    assert z[0, :, 1, 1].tolist() == [10, 11, 14, 15]
+
+
+def test_misfits_are_refused_with_their_sizes() -> None:
+    with pytest.raises(ValueError, match="even sides, not 3×4"):
+        Squeeze()(torch.zeros(1, 1, 3, 4))
+    with pytest.raises(ValueError, match="at least 2 channels, not 1"):
+        AdditiveCoupling(ConvolutionalNetwork(1, 1, 4))(torch.zeros(1, 1, 2, 2))
+    with pytest.raises(ValueError, match=r"alpha < 0\.5, not 0"):
+        LogitPixels(16, alpha=0)
+
+
+def test_actnorm_whitens_the_data_it_is_shown_even_far_from_zero() -> None:
+    layer = ActNorm(3)
+    x = 1e4 + torch.tensor([1e-2, 1.0, 30.0])[:, None, None] * torch.randn(64, 3, 4, 4)
+    layer.double().initialize(x.double(), reduce=lambda t: t)
+    z, _ = layer(x.double())
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(3).double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        z.std((0, 2, 3), correction=0), torch.ones(3).double(), rtol=1e-4, atol=0
+    )
+
+
+def test_actnorm_statistics_do_not_depend_on_how_ranks_share_the_data() -> None:
+    x = torch.randn(12, 3, 2, 2).double() * 5 + 2
+    whole, shared = ActNorm(3).double(), ActNorm(3).double()
+    whole.initialize(x, reduce=lambda t: t)
+    parts = [x[:3], x[3:3], x[3:]]  # one rank has nothing
+    sums: list[Tensor] = []
+
+    def values(part: Tensor) -> Tensor:
+        return part.transpose(0, 1).flatten(1)
+
+    def reduce(_: Tensor) -> Tensor:
+        count = torch.tensor(12.0 * 4, dtype=torch.float64)
+        mean = sum(values(p).sum(1) for p in parts) / count
+        results = [
+            count,
+            mean * count,
+            sum((values(p) - mean[:, None]).square().sum(1) for p in parts),
+        ]
+        sums.append(results[len(sums)])
+        return sums[-1]
+
+    shared.initialize(parts[0], reduce)
+    torch.testing.assert_close(shared.log_scale, whole.log_scale, rtol=0, atol=1e-12)
+    torch.testing.assert_close(shared.bias, whole.bias, rtol=0, atol=1e-12)
+
+
+def test_initializing_goes_layer_by_layer_and_only_once() -> None:
+    flow = Sequential([*step(4), *step(4)])
+    x = 3 + 2 * torch.randn(256, 4, 2, 2)
+    for reduce_calls in (6, 0):  # three sums a layer; loading or repeating sums nothing
+        calls: list[Tensor] = []
+
+        def reduce(t: Tensor, calls: list[Tensor] = calls) -> Tensor:
+            calls.append(t)
+            return t
+
+        with torch.no_grad(), initializing(flow, reduce):
+            z, _ = flow(x)
+        assert len(calls) == reduce_calls
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.05)
+    before = [p.clone() for p in flow.parameters()]
+    flow(x + 5)
+    assert all(torch.equal(a, b) for a, b in zip(before, flow.parameters(), strict=True))
