@@ -23,11 +23,16 @@ def start_accelerator(precision: Precision = "float32") -> Accelerator:
     Raises:
         LaunchError: if Accelerate counts other processes than the launcher started.
     """
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if precision == "bf16" else "no",
-    )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="bf16" if precision == "bf16" else "no",
+        )
+    except ValueError as error:  # Accelerate's own complaint about the launcher's variables
+        raise LaunchError(
+            f"The launcher says WORLD_SIZE={launched}, but its processes cannot join: {error}."
+        ) from None
     if accelerator.num_processes != launched:
         raise LaunchError(
             f"The launcher started {launched} processes (WORLD_SIZE), but Accelerate joined "

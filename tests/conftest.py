@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from glowscale.bijections import ActNorm, AffinePixels, Bijection
 from glowscale.data.sources import Sample, Split
@@ -22,8 +23,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _fresh_state() -> None:
     torch.manual_seed(0)
+    AcceleratorState._reset_state(reset_partial_state=True)  # each test is a process of its own
 
 
 def perturb(module: torch.nn.Module, size: float = 0.3) -> None:

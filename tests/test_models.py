@@ -13,7 +13,7 @@ from glowscale.bijections import AffinePixels, LogitPixels, Sequential
 from glowscale.dequantization import UniformDequantizer, VariationalDequantizer
 from glowscale.evaluation import bits_per_dim
 from glowscale.models import MultiscaleFlow, glow
-from tests.conftest import tiny_glow
+from tests.conftest import perturb, tiny_glow
 
 BINARY = (1, 2, 2)
 
@@ -114,15 +114,10 @@ PREPROCESSINGS = {"logit": LogitPixels(2, alpha=1e-6), "affine": AffinePixels(2)
 
 @cache
 def trained(dequantizer: str, preprocessing: str) -> MultiscaleFlow:
-    """A Glow on binary images, trained until its dequantizer fits it and no weight is extreme."""
+    """A Glow trained on binary images; then it gets the dequantizer that is to be tested."""
     torch.manual_seed(0)
-    uniform = dequantizer == "uniform"
     model = tiny_glow(
-        BINARY,
-        2,
-        UniformDequantizer() if uniform else variational(BINARY, 2),
-        PREPROCESSINGS[preprocessing],
-        depth=3,
+        BINARY, 2, UniformDequantizer(), PREPROCESSINGS[preprocessing], depth=3
     ).double()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(200):
@@ -131,14 +126,28 @@ def trained(dequantizer: str, preprocessing: str) -> MultiscaleFlow:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    if dequantizer == "variational":
+        model.dequantizer = wide_dequantizer().double()
     return model
+
+
+def wide_dequantizer() -> VariationalDequantizer:
+    """Not uniform, and heavier at the ends of a grey level than a trained one.
+
+    Training makes q too light there, and then a few huge weights hide the variance.
+    """
+    dequantizer = variational(BINARY, 2)
+    perturb(dequantizer, 0.1)
+    with torch.no_grad():
+        dequantizer.flow.bijections[1].log_scale += 0.3
+    return dequantizer
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("dequantizer", ["uniform", "variational"])
 def test_probabilities_of_all_images_sum_to_one(dequantizer: str, seed: int) -> None:
     model = trained(dequantizer, "logit")
-    total, error = sum_of_probabilities(model, samples=20_000, seed=seed)
+    total, error = sum_of_probabilities(model, samples=40_000, seed=seed)
     assert error <= 0.005
     assert abs(total - 1) <= 4 * error
 
@@ -165,7 +174,7 @@ def test_probabilities_under_affine_preprocessing_sum_to_the_mass_on_the_cube(
 ) -> None:
     model = trained(dequantizer, "affine")
     mass = mass_on_the_cube(model)
-    total, error = sum_of_probabilities(model, samples=20_000, seed=seed)
+    total, error = sum_of_probabilities(model, samples=40_000, seed=seed)
     assert 0.05 < mass < 0.95
     assert error <= 0.005
     assert abs(total - mass) <= 4 * error

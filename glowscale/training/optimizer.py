@@ -27,7 +27,7 @@ def build_optimizer(
     betas = (beta1, beta2)
     if kind == "adamax":
         return torch.optim.Adamax(groups, lr=lr, betas=betas, foreach=True)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, foreach=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def learning_rate(

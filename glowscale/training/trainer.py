@@ -227,6 +227,7 @@ class Trainer:
 
     def _resume_or_initialize(self) -> None:
         checkpoint = resume_checkpoint(self.folder.checkpoints)
+        self.accelerator.wait_for_everyone()  # all have looked before anyone writes
         if checkpoint is not None:
             self._restore(checkpoint)
         if self.is_main:

@@ -1,0 +1,101 @@
+"""Configs: each mistake gets one sentence that names the key, the value and what is allowed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from glowscale.config import ConfigError, describe, differences, load_config, parse_config
+from glowscale.config.schema import Config, Section
+
+
+@pytest.fixture
+def path(tmp_path: Path, config_dict: dict[str, Any]) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config_dict))
+    return path
+
+
+def test_values_and_overrides_arrive(path: Path) -> None:
+    config = load_config(path, ["train.optimizer.lr=1e-4", "model.dequantization={kind: uniform}"])
+    assert config.train.optimizer.lr == 1e-4
+    assert config.model.dequantization.kind == "uniform"
+    assert config.train.batch == 16
+    assert config.log.every == 48
+
+
+def test_a_saved_config_loads_as_the_same(path: Path) -> None:
+    config = load_config(path)
+    assert parse_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.lr=1", "Unknown config key 'train.lr': Allowed are images, batch"),
+        ("train.optimizer.lrr=1", "Unknown config key 'train.optimizer.lrr': did you mean 'lr'?"),
+        ("trian.batch=1", "Unknown config key 'trian': did you mean 'train'?"),
+        ("model.dequantization.dept=1", "'model.dequantization.dept': did you mean 'depth'?"),
+        ("train.batch=many", "'train.batch' is 'many'; it must be a valid integer"),
+        ("train.batch=true", "'train.batch' is True; it must be a valid integer"),
+        ("train.batch=0", "'train.batch' is 0; it must be greater than 0"),
+        ("train.batch=18", "train.batch is 18; it must be a multiple of data.lanes=4"),
+        ("train.init_images=2", "train.init_images is 2; it must be a multiple of data.lanes=4"),
+        ("model.levels=1.5", "'model.levels' is 1.5; it must be a valid integer"),
+        ("train.optimizer.lr=.inf", "'train.optimizer.lr' is inf; it must be a finite number"),
+        ("train.optimizer.kind=sgd", "'train.optimizer.kind' is 'sgd'; it must be 'adamax' or"),
+        (
+            "model.dequantization.kind=none",
+            "'model.dequantization.kind' is 'none'; it must be one of 'uniform', 'variational'",
+        ),
+        ("data.source={kind: idx}", "The config key 'data.source.path' is missing."),
+        ("run.dir.x=1", "goes below 'dir', a plain value"),
+        ("batch", "'batch' must have the form dotted.key=value"),
+        ("train.batch=[", "is no valid YAML"),
+    ],
+)
+def test_mistakes_are_named(path: Path, override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config .*nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="must be a mapping of sections, not list"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "twice.yaml").write_text("run:\n  seed: 1\n  seed: 2\n")
+    with pytest.raises(ConfigError, match="key 'seed' stands twice in the mapping at line 2"):
+        load_config(tmp_path / "twice.yaml")
+    (tmp_path / "empty.yaml").write_text("run: {dir: x}\n")
+    with pytest.raises(ConfigError, match="'train' is missing"):
+        load_config(tmp_path / "empty.yaml")
+
+
+def test_help_documents_every_key() -> None:
+    text = describe()
+
+    def check(section: type[Section]) -> None:
+        for name, field in section.model_fields.items():
+            annotation = field.annotation
+            if isinstance(annotation, type) and issubclass(annotation, Section):
+                check(annotation)
+            else:
+                assert field.description, name
+                assert field.description in text
+                assert f".{name} " in text
+
+    check(Config)
+
+
+def test_differences_are_found_by_dotted_key() -> None:
+    old = {"a": {"b": 1, "c": [1]}, "d": 2}
+    assert differences(old, {"a": {"b": 1, "c": [2]}, "e": 3}) == {
+        "a.c": ([1], [2]),
+        "d": (2, None),
+        "e": (None, 3),
+    }

@@ -1,0 +1,137 @@
+"""Bits per dimension: every image once, the same figure whatever the processes and blocks."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from glowscale.config import parse_config
+from glowscale.data import DataError, ShardSet
+from glowscale.data.sources import Sample, Split
+from glowscale.data.writer import pack_split
+from glowscale.dequantization import VariationalDequantizer
+from glowscale.evaluation import evaluate, histogram_bits_per_dim, score_block
+from glowscale.models import MultiscaleFlow
+from glowscale.training import Trainer
+from tests.conftest import Runner, last_json, perturb, tiny_glow
+
+
+@pytest.fixture
+def held_out(data_dir: Path) -> ShardSet:
+    return ShardSet(data_dir / "test")
+
+
+@pytest.fixture
+def model() -> MultiscaleFlow:
+    return tiny_glow((1, 8, 8), 16, levels=2)
+
+
+def test_neither_blocks_nor_processes_change_the_figure(
+    model: MultiscaleFlow, held_out: ShardSet
+) -> None:
+    expected = evaluate(model, held_out, seed=1, batch=37)
+    for batch in (1, 5, 36, 100):
+        result = evaluate(model, held_out, seed=1, batch=batch)
+        assert result.images == 37
+        assert result.bits_per_dim == pytest.approx(expected.bits_per_dim, abs=1e-6)
+    assert evaluate(model, held_out, seed=2).bits_per_dim != expected.bits_per_dim
+
+
+def test_a_rank_that_is_missing_is_noticed(model: MultiscaleFlow, held_out: ShardSet) -> None:
+    with pytest.raises(DataError, match="Of 37 images 17 were not scored"):
+        evaluate(model, held_out, seed=0, batch=20, rank=0, world_size=2)
+
+
+def test_mean_and_standard_error_are_those_of_the_images(
+    model: MultiscaleFlow, held_out: ShardSet
+) -> None:
+    block = held_out.read_batch(0, 37)
+    with torch.no_grad():
+        bits = -score_block(model, block, seed=0) / (64 * math.log(2))
+    result = evaluate(model, held_out, seed=0)
+    assert result.bits_per_dim == pytest.approx(float(bits.mean()), abs=1e-6)
+    assert result.standard_error == pytest.approx(float(bits.std()) / 37**0.5, abs=1e-6)
+    assert result.fingerprint == held_out.manifest.fingerprint
+    first = evaluate(model, held_out, seed=0, images=10)
+    assert first.bits_per_dim == pytest.approx(float(bits[:10].mean()), abs=1e-6)
+
+
+def test_more_importance_samples_tighten_the_bound(
+    model: MultiscaleFlow, held_out: ShardSet
+) -> None:
+    model.dequantizer = VariationalDequantizer((1, 8, 8), 16, 2, 8, 4)
+    perturb(model.dequantizer, 0.2)  # far from the posterior, so that there is much to gain
+    scores = [evaluate(model, held_out, seed=0, importance_samples=k) for k in (1, 8, 64)]
+    assert scores[1].bits_per_dim < scores[0].bits_per_dim - 0.01
+    assert scores[2].bits_per_dim < scores[1].bits_per_dim - 0.005
+    assert scores[2].importance_samples == 64
+
+
+def test_importance_sampling_averages_weights(model: MultiscaleFlow, held_out: ShardSet) -> None:
+    class Weights(nn.Module):
+        """Log-weights that are known: log of 1, 2, 3, ... in turn."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.prior = model.prior
+            self.calls = 0
+
+        def draw_noise(self, keys: Any) -> Tensor:  # noqa: ANN401
+            return torch.zeros(len(list(keys)), 1)
+
+        def forward(self, images: Tensor, labels: None, noise: Tensor) -> Any:  # noqa: ANN401
+            self.calls += 1
+            output = model(images)
+            return output._replace(log_prob=torch.full((len(images),), math.log(self.calls)))
+
+    with torch.no_grad():
+        bound = score_block(Weights(), held_out.read_batch(0, 3), 0, 5)  # type: ignore[arg-type]
+    torch.testing.assert_close(bound, torch.full((3,), math.log(3.0)).double(), rtol=0, atol=1e-6)
+
+
+def test_data_of_another_kind_are_refused(held_out: ShardSet) -> None:
+    with pytest.raises(DataError, match=r"\(1, 8, 8\) with 16 grey levels; .* \(1, 8, 8\) with 4"):
+        evaluate(tiny_glow((1, 8, 8), 4), held_out, seed=0)
+
+
+def test_the_histogram_is_the_entropy_of_independent_pixels(tmp_path: Path) -> None:
+    # A pixel of row i is uniform over 2^(i+1) values: it costs i + 1 bits.
+    def sample(i: int) -> Sample:
+        rng = np.random.default_rng(i)
+        image = np.stack([rng.integers(0, 2 ** (row + 1), 4) for row in range(4)])
+        return Sample(f"{i:05d}", image[None].astype(np.uint8), None)
+
+    for name, size in (("train", 3000), ("test", 500)):
+        pack_split(Split(name, (1, 4, 4), 16, (), size, sample), tmp_path / name, 1000)
+    bits = histogram_bits_per_dim(ShardSet(tmp_path / "train"), ShardSet(tmp_path / "test"))
+    assert bits == pytest.approx((1 + 2 + 3 + 4) / 4, abs=0.01)
+
+
+def test_the_job_gives_the_trained_runs_figure_on_one_and_two_processes(
+    config_dict: dict[str, Any], tmp_path: Path, run_job: Runner
+) -> None:
+    config_dict["train"]["images"] = 64
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_dict))
+    trained = last_json(run_job("train.py", tmp_path / "c.yaml", "--json"))
+    run = tmp_path / "run"
+    one = last_json(run_job("evaluate.py", run, "--json"))
+    two = last_json(run_job("evaluate.py", run, "--json", "--batch", 10, processes=2))
+    assert one["images"] == two["images"] == 37
+    assert one["bits_per_dim"] == pytest.approx(trained["bits_per_dim"], abs=1e-6)
+    assert two["bits_per_dim"] == pytest.approx(trained["bits_per_dim"], abs=1e-6)
+    assert one["dequantization"] == "variational"
+    wrong = run_job("evaluate.py", tmp_path / "nowhere", check=False)
+    assert wrong.returncode == 1
+    assert wrong.stderr.splitlines()[-1].startswith("Error: ")
+    assert "neither a checkpoint nor the folder of a run" in wrong.stderr
+
+
+def test_a_trained_model_reconstructs_its_images(config_dict: dict[str, Any]) -> None:
+    trainer = Trainer(parse_config(config_dict), Accelerator(cpu=True))
+    assert trainer.train().reconstruction_error < 1e-4

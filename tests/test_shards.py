@@ -1,0 +1,188 @@
+"""Packing and reading back: lossless, indexed, and readable by webdataset itself."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+
+from glowscale.data import DataError, ShardSet
+from glowscale.data.images import decode_image, encode_png
+from glowscale.data.manifest import Fingerprint, load_manifest
+from glowscale.data.sources import digits, idx
+from glowscale.data.writer import pack, pack_split
+from glowscale.files import TEMPORARY, sha256_of
+from tests.conftest import Runner, last_json, random_split
+
+
+@pytest.fixture(scope="module")
+def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    pack(digits(), folder, shard_size=400)
+    return folder
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pixels_are_stored_without_loss(channels: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (channels, 5, 7), np.uint8)
+    assert np.array_equal(decode_image(encode_png(image)).numpy(), image)
+
+
+def test_pixels_that_png_cannot_hold_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 channels of uint8"):
+        encode_png(np.zeros((2, 4, 4), np.uint8))
+    with pytest.raises(ValueError, match="not a readable PNG"):
+        decode_image(b"no image at all")
+
+
+def test_digits_keep_297_images_apart(digits_dir: Path) -> None:
+    train, test = (ShardSet(digits_dir / name) for name in ("train", "test"))
+    assert (train.manifest.samples, test.manifest.samples) == (1500, 297)
+    assert train.manifest.image_shape == (1, 8, 8)
+    assert train.manifest.grey_levels == 17
+    source = {
+        sample.key: sample for split in digits() for sample in map(split.sample, range(split.size))
+    }
+    assert len(source) == 1797
+    keys = []
+    for shards in (train, test):
+        for number, shard in enumerate(shards.manifest.shards):
+            for raw in shards.read(number, 0, shard.samples):
+                keys.append(raw.key)
+                assert np.array_equal(
+                    decode_image(raw.files["png"]).numpy(), source[raw.key].image
+                )
+                assert int(raw.files["cls"]) == source[raw.key].label
+    assert sorted(keys) == sorted(source)
+
+
+def test_training_shards_are_in_random_order(digits_dir: Path) -> None:
+    keys = [raw.key for raw in ShardSet(digits_dir / "train").read(0, 0, 400)]
+    ranks = np.argsort(np.argsort(keys))
+    assert abs(np.corrcoef(ranks, np.arange(400))[0, 1]) < 0.2
+
+
+def test_the_manifest_tells_what_the_shards_hold(digits_dir: Path) -> None:
+    shards = ShardSet(digits_dir / "train")
+    for number, shard in enumerate(shards.manifest.shards):
+        path = digits_dir / "train" / shard.name
+        assert (shard.bytes, shard.sha256) == (path.stat().st_size, sha256_of(path))
+        whole = shards.read(number, 0, shard.samples)
+        middle = shards.read(number, 37, shard.samples)  # seeks by the manifest's offsets
+        assert middle == whole[37:]
+
+
+def test_webdataset_reads_our_shards(digits_dir: Path) -> None:
+    path = digits_dir / "test" / "shard-000000.tar"
+    dataset = webdataset.WebDataset(str(path), shardshuffle=False).decode("torchrgb8")
+    found = {sample["__key__"]: sample["cls"] for sample in dataset}
+    ours = ShardSet(digits_dir / "test").read(0, 0, 297)
+    assert found == {raw.key: int(raw.files["cls"]) for raw in ours}
+
+
+def test_packing_again_gives_the_same_bytes_and_does_nothing_twice(tmp_path: Path) -> None:
+    split = random_split("train", 50)
+    first = pack_split(split, tmp_path / "a", 20)
+    assert pack_split(split, tmp_path / "b", 20) == first
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
+    assert pack_split(split, tmp_path / "a", 20) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()} == stamps
+
+
+def test_the_fingerprint_tells_the_samples_not_their_packing(tmp_path: Path) -> None:
+    split = random_split("train", 50)
+    one = pack_split(split, tmp_path / "a", 20, seed=0)
+    other = pack_split(split, tmp_path / "b", 7, seed=1)
+    assert one.fingerprint == other.fingerprint
+    assert one.shards != other.shards
+    changed = Fingerprint()
+    for i in range(50):
+        sample = split.sample(i)
+        changed.add(sample.key, sample.label, sample.image ^ (i == 7))
+    assert changed.hexdigest() != one.fingerprint
+
+
+def test_interrupted_packing_leaves_no_manifest(tmp_path: Path) -> None:
+    split = random_split("train", 50)
+
+    def failing(i: int) -> object:
+        if i == 33:
+            raise OSError("disk gone")
+        return split.sample(i)
+
+    with pytest.raises(OSError, match="disk gone"):
+        pack_split(type(split)(**{**split.__dict__, "sample": failing}), tmp_path, 10)
+    with pytest.raises(DataError, match="has no manifest"):
+        load_manifest(tmp_path)
+    assert pack_split(split, tmp_path, 10).samples == 50
+
+
+def write_idx(folder: Path, zipped: bool) -> np.ndarray:
+    images = np.random.default_rng(0).integers(0, 256, (12, 4, 6), np.uint8)
+    for prefix, count in (("train", 12), ("t10k", 5)):
+        for kind, data in (("images-idx3", images[:count]), ("labels-idx1", np.arange(count) % 3)):
+            array = data.astype(np.uint8)
+            head = bytes([0, 0, 8, array.ndim])
+            head += b"".join(size.to_bytes(4, "big") for size in array.shape)
+            content = head + array.tobytes()
+            name = f"{prefix}-{kind}-ubyte"
+            if zipped:
+                (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+            else:
+                (folder / name).write_bytes(content)
+    return images
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_idx_files_are_packed_by_the_job(tmp_path: Path, zipped: bool, run_job: Runner) -> None:
+    images = write_idx(tmp_path, zipped)
+    out = tmp_path / "out"
+    result = run_job("make_shards.py", "idx", out, "--path", tmp_path, "--shard-size", 5, "--json")
+    assert last_json(result)["train"]["images"] == 12
+    test = ShardSet(out / "test").read_batch(0, 5)  # in the source's order
+    assert torch.equal(test.images, torch.from_numpy(images[:5, None]))
+    assert test.labels.tolist() == [0, 1, 2, 0, 1]
+    train = ShardSet(out / "train")
+    assert [s.samples for s in train.manifest.shards] == [5, 5, 2]
+    assert train.manifest.image_shape == (1, 4, 6)
+    assert train.manifest.grey_levels == 256
+    again = run_job("make_shards.py", "idx", out, "--path", tmp_path, "--json")
+    assert last_json(again) == last_json(result)
+
+
+def test_idx_files_that_are_missing_or_damaged_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"neither train-images-idx3-ubyte nor .*\.gz"):
+        idx(tmp_path)
+    write_idx(tmp_path, zipped=False)
+    path = tmp_path / "t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match="t10k-images-idx3-ubyte is truncated"):
+        idx(tmp_path)
+    path.write_bytes(b"\0\0\x0d\x03" + b"\0" * 12)
+    with pytest.raises(DataError, match="no IDX file of 3-d unsigned bytes"):
+        idx(tmp_path)
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    pack_split(random_split("train", 30), tmp_path, 10)
+    with pytest.raises(DataError, match="has no manifest"):
+        ShardSet(tmp_path / "nowhere")
+    (tmp_path / "shard-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-000001\.tar is missing"):
+        ShardSet(tmp_path).read_batch(0, 30)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "image_shape": [3, 8, 8]}))
+    with pytest.raises(DataError, match=r"'train-\d+' .* shape \(1, 8, 8\), not \(3, 8, 8\)"):
+        ShardSet(tmp_path).read_batch(0, 5)
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({**manifest, "image_shape": [1, 8, 8], "grey_levels": 3})
+    )
+    with pytest.raises(DataError, match="must be below 3"):
+        ShardSet(tmp_path).read_batch(0, 5)
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format": "other 7"}))
+    with pytest.raises(DataError, match="format 'other 7'"):
+        ShardSet(tmp_path)
+    assert not list(tmp_path.glob(f"*{TEMPORARY}"))

@@ -1,0 +1,246 @@
+"""Training as users run it: killed, resumed, on several processes, always the same weights."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor
+
+from glowscale.config import ConfigError, parse_config
+from glowscale.distributed import LaunchError, start_accelerator
+from glowscale.models import MultiscaleFlow
+from glowscale.training import NonFiniteError, Trainer
+from glowscale.training.checkpoint import find_checkpoint
+from glowscale.training.ema import EMA
+from glowscale.training.optimizer import learning_rate
+from tests.conftest import Runner, job_command, job_environment, tiny_glow
+
+
+@pytest.fixture
+def config_path(tmp_path: Path, config_dict: dict[str, Any]) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config_dict))
+    return path
+
+
+def final_tensors(run: Path) -> dict[str, Tensor]:
+    folder = find_checkpoint(run)
+    return {
+        f"{part}/{key}": value
+        for part in ("model", "ema", "optimizer")
+        for key, value in load_file(folder / f"{part}.safetensors").items()
+    }
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, averages, optimizer and metrics are the same bits."""
+    a, b = final_tensors(one), final_tensors(other)
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+
+
+def kill_after_checkpoint(command: list[str], run: Path, images: int, delay: float) -> None:
+    """Start a training and SIGKILL it `delay` seconds after that checkpoint has appeared."""
+    process = subprocess.Popen(
+        command, env=job_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / f"images-{images:012d}").exists():
+        assert process.poll() is None, process.stdout.read()  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_runs_end_with_the_weights_of_the_uninterrupted_one(
+    config_path: Path, tmp_path: Path, run_job: Runner
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_job("train.py", config_path, f"run.dir={whole}")
+    command = [*job_command("train.py"), str(config_path), f"run.dir={killed}"]
+    for images, delay in [(0, 0.1), (64, 0.3), (192, 0.0)]:
+        kill_after_checkpoint(command, killed, images, delay)
+        assert find_checkpoint(killed).is_dir()
+    result = run_job("train.py", config_path, f"run.dir={killed}", "data.workers=2")
+    assert_same_run(whole, killed)
+    assert "bits/dim" in result.stderr
+    assert (killed / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
+    assert (killed / "curves.png").stat().st_size > 1000
+
+
+def test_a_longer_run_continues_a_finished_one(
+    config_path: Path, tmp_path: Path, run_job: Runner
+) -> None:
+    constant = "train.schedule.decay=constant"
+    whole, longer = f"run.dir={tmp_path / 'whole'}", f"run.dir={tmp_path / 'longer'}"
+    run_job("train.py", config_path, whole, constant, "train.images=128")
+    run_job("train.py", config_path, longer, constant, "train.images=64")
+    run_job("train.py", config_path, longer, constant, "train.images=128")
+    a, b = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "longer")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_two_processes_train_as_one(config_path: Path, tmp_path: Path, run_job: Runner) -> None:
+    runs = {n: tmp_path / f"processes_{n}" for n in (1, 2)}
+    for processes, run in runs.items():
+        run_job(
+            "train.py",
+            config_path,
+            f"run.dir={run}",
+            "train.precision=float64",
+            "log.every=16",
+            "checkpoint.keep=99",
+            processes=processes,
+        )
+    lines = {
+        n: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for n, run in runs.items()
+    }
+    steps = [line for line in lines[1] if line["kind"] == "train"]
+    assert len(steps) == 20
+    for one, two in zip(lines[1], lines[2], strict=True):
+        assert one.pop("kind") == two.pop("kind")
+        assert one == pytest.approx(two, rel=0, abs=1e-8)
+    for images in (0, 320):  # ActNorm's parameters after their initialization; the end
+        one, two = (
+            load_file(runs[n] / "checkpoints" / f"images-{images:012d}" / "model.safetensors")
+            for n in (1, 2)
+        )
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-8, msg=key)
+
+
+def test_accumulation_gives_the_gradients_of_the_whole_batch(
+    config_dict: dict[str, Any], tmp_path: Path
+) -> None:
+    def train(micro_batch: int | None) -> MultiscaleFlow:
+        content = json.loads(json.dumps(config_dict))
+        content["run"]["dir"] = str(tmp_path / f"micro_{micro_batch}")
+        content["train"] |= {"micro_batch": micro_batch, "precision": "float64", "images": 80}
+        trainer = Trainer(parse_config(content), Accelerator(cpu=True))
+        trainer.train()
+        return trainer.model
+
+    whole, parts = train(None), train(3)
+    for (name, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=name)
+
+
+def test_bf16_trains_networks_in_bf16_and_keeps_float32_weights(
+    config_dict: dict[str, Any],
+) -> None:
+    config_dict["train"] |= {"precision": "bf16", "images": 64}
+    trainer = Trainer(parse_config(config_dict), Accelerator(cpu=True, mixed_precision="bf16"))
+    dtypes: set[torch.dtype] = set()
+    network = trainer.model.levels[0].bijections[3].network.layers[0]
+    network.register_forward_hook(lambda _m, _a, out: dtypes.add(out.dtype))
+    evaluation = trainer.train()
+    assert dtypes == {torch.bfloat16}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert 0 < evaluation.bits_per_dim < 8
+
+
+def test_training_learns(config_dict: dict[str, Any]) -> None:
+    config_dict["train"] |= {"images": 1600}
+    trainer = Trainer(parse_config(config_dict), Accelerator(cpu=True))
+    before = trainer._evaluate(None).bits_per_dim
+    after = trainer.train().bits_per_dim
+    assert after < before - 0.3
+
+
+def test_a_changed_config_is_refused_by_key(
+    config_path: Path, run_job: Runner, tmp_path: Path
+) -> None:
+    run_job("train.py", config_path, "train.images=16")
+    changed = run_job("train.py", config_path, "model.depth=3", check=False)
+    assert changed.returncode == 1
+    assert "'model.depth' was 2 when the run began and is 3 now" in changed.stderr
+    assert "Traceback" not in changed.stderr
+
+
+def test_other_data_on_resume_are_refused(
+    config_dict: dict[str, Any], data_dir: Path, tmp_path: Path
+) -> None:
+    config_dict["train"]["images"] = 16
+    Trainer(parse_config(config_dict), Accelerator(cpu=True)).train()
+    config_dict["data"]["train_split"] = "test"
+    with pytest.raises(ConfigError, match=r"'data\.train_split' was 'train'"):
+        Trainer(parse_config(config_dict), Accelerator(cpu=True))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train").symlink_to(data_dir / "test")
+    (tmp_path / "other" / "test").symlink_to(data_dir / "test")
+    config_dict["data"] |= {"train_split": "train", "dir": str(tmp_path / "other")}
+    with pytest.raises(ConfigError, match="was trained on the data"):
+        Trainer(parse_config(config_dict), Accelerator(cpu=True))
+
+
+def test_a_process_count_that_does_not_fit_is_refused_before_the_folder_is_touched(
+    config_path: Path, tmp_path: Path, run_job: Runner
+) -> None:
+    result = run_job("train.py", config_path, "data.lanes=1", processes=2, check=False)
+    assert result.returncode != 0
+    assert "2 processes cannot share 1 lanes evenly" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_launcher_whose_processes_do_not_join_is_refused(
+    config_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_job: Runner
+) -> None:
+    Accelerator(cpu=True)  # this process is alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match=r"2 processes \(WORLD_SIZE\), but Accelerate joined 1"):
+        start_accelerator()
+    result = run_job("train.py", config_path, check=False)  # and none of a launcher's addresses
+    assert result.returncode == 1
+    assert "Error: The launcher says WORLD_SIZE=2, but its processes cannot join" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(
+    config_dict: dict[str, Any], tmp_path: Path
+) -> None:
+    trainer = Trainer(parse_config(config_dict), Accelerator(cpu=True))
+    with torch.no_grad():
+        trainer.model.prior.mean.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"lower train\.optimizer\.lr"):
+        trainer.train()
+    saved = load_file(find_checkpoint(tmp_path / "run") / "model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in saved.values())
+
+
+@pytest.mark.parametrize("decay", ["constant", "cosine"])
+def test_the_learning_rate_depends_on_images_alone(decay: str) -> None:
+    def rate(images: int) -> float:
+        return learning_rate(images, 1000, 0.1, 200, decay, 0.5)
+
+    assert [rate(n) for n in (50, 100, 200)] == pytest.approx([0.025, 0.05, 0.1])
+    assert rate(600) == pytest.approx(0.1 if decay == "constant" else 0.075)
+    assert rate(1000) == pytest.approx(0.1 if decay == "constant" else 0.05)
+    assert learning_rate(10, 1000, 0.1, 0, decay, 0.5) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_the_average_forgets_by_images_not_by_steps() -> None:
+    def average(batch: int) -> float:
+        model = tiny_glow()
+        ema = EMA(model, images=1000)
+        with torch.no_grad():
+            before = model.prior.mean.clone()
+            model.prior.mean += 1
+            for seen in range(100_000, 100_000 + 2000, batch):
+                ema.update(model, batch, seen)
+        return float((ema.model.prior.mean - before).mean())
+
+    assert average(10) == pytest.approx(1 - 2.718281828**-2, abs=1e-4)
+    assert average(500) == pytest.approx(average(10), abs=1e-4)
