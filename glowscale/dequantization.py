@@ -8,11 +8,9 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from glowscale.bijections import (
-    ActNorm,
     AffineCoupling,
     Bijection,
-    Invertible1x1Conv,
-    LUMatrix,
+    FlowStep,
     Sequential,
     Sigmoid,
     Squeeze,
@@ -86,11 +84,7 @@ class VariationalDequantizer(Dequantizer):
             network = ConvolutionalNetwork(
                 channels // 2, channels, hidden_channels, context_channels
             )
-            steps += [
-                ActNorm(channels),
-                Invertible1x1Conv(LUMatrix(channels)),
-                AffineCoupling(network),
-            ]
+            steps.append(FlowStep(channels, AffineCoupling(network)))
         self.flow = Sequential([self.squeeze, *steps, Unsqueeze(), Sigmoid()])
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

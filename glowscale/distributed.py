@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from glowscale.errors import UserError
@@ -23,22 +24,32 @@ def start_accelerator(precision: Precision = "float32") -> Accelerator:
     Raises:
         LaunchError: if Accelerate counts other processes than the launcher started.
     """
+    torch.backends.cudnn.allow_tf32 = False  # its ten bits of mantissa are not float32
+    torch.backends.cuda.matmul.allow_tf32 = False
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision="bf16" if precision == "bf16" else "no",
         )
-    except ValueError as error:  # Accelerate's own complaint about the launcher's variables
-        raise LaunchError(
-            f"The launcher says WORLD_SIZE={launched}, but its processes cannot join: {error}."
-        ) from None
+    except ValueError as error:  # of the launcher's variables, or a precision not to be had here
+        raise LaunchError(f"Accelerate cannot start with WORLD_SIZE={launched}: {error}") from None
     if accelerator.num_processes != launched:
         raise LaunchError(
             f"The launcher started {launched} processes (WORLD_SIZE), but Accelerate joined "
             f"{accelerator.num_processes}; launch with a config file of configs/accelerate/."
         )
     return accelerator
+
+
+def refuse_disagreement(what: str, value: str) -> None:
+    """Refuse to go on where processes see different values; all must call it. LaunchError."""
+    values: list[str] = gather_object([value])
+    if len(set(values)) > 1:
+        seen = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+        raise LaunchError(
+            f"The processes see different {what} ({seen}); do they share the folder?"
+        )
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

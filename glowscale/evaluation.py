@@ -30,24 +30,27 @@ class Evaluation:
 
     bits_per_dim: float
     """Mean over the images; an upper bound in expectation where dequantization is variational."""
-    standard_error: float
-    """Of the mean, over the images."""
+    standard_error: float | None
+    """Of the mean, over the images; None for one image."""
     images: int
     importance_samples: int
     dequantization: str
     image_shape: tuple[int, int, int]
     grey_levels: int
+    seed: int
+    """Of the dequantization noise."""
     fingerprint: str
     """Of the whole data set that the images are the first of."""
     reconstruction_error: float
     """Largest |decode(encode(x)) − x| over the first block, in grey levels."""
 
     def __str__(self) -> str:
-        samples = "s" if self.importance_samples > 1 else ""
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
+        samples = "samples" if self.importance_samples > 1 else "sample"
         return (
-            f"{self.bits_per_dim:.4f} ± {self.standard_error:.4f} bits/dim ({self.images:,} "
-            f"held-out images, {self.dequantization} dequantization, {self.importance_samples} "
-            f"importance sample{samples}, data {self.fingerprint[:8]}, reconstruction error "
+            f"{self.bits_per_dim:.4f}{error} bits/dim ({self.images:,} held-out images, "
+            f"{self.dequantization} dequantization, {self.importance_samples} importance "
+            f"{samples}, data {self.fingerprint[:8]}, reconstruction error "
             f"{self.reconstruction_error:.1e})"
         )
 
@@ -87,9 +90,10 @@ def evaluate(
             not every image was scored exactly once.
     """
     check_fits(model, shards)
-    count = min(images or shards.manifest.samples, shards.manifest.samples)
+    available = shards.manifest.samples
+    count = available if images is None else min(images, available)
     starts = range(0, count, batch)[rank::world_size]
-    device = model.prior.mean.device
+    device = model.device
     totals = torch.zeros(2, count, dtype=torch.float64, device=device)
     error = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
@@ -109,12 +113,13 @@ def evaluate(
     bits = bits_per_dim(log_prob, model.dimensions)
     return Evaluation(
         bits_per_dim=float(bits.mean()),
-        standard_error=float(bits.std(correction=1) / math.sqrt(count)) if count > 1 else math.inf,
+        standard_error=float(bits.std() / math.sqrt(count)) if count > 1 else None,
         images=count,
         importance_samples=importance_samples,
         dequantization=model.dequantizer.name,
         image_shape=model.image_shape,
         grey_levels=model.grey_levels,
+        seed=seed,
         fingerprint=shards.manifest.fingerprint,
         reconstruction_error=float(sum_over_ranks(error)),
     )
@@ -124,7 +129,7 @@ def score_block(
     model: MultiscaleFlow, block: Batch, seed: int, importance_samples: int = 1
 ) -> Tensor:
     """The importance-weighted bound on log p of each image, float64 (B,), in nats."""
-    device = model.prior.mean.device
+    device = model.device
     images = block.images.to(device)
     total = torch.full((len(images),), -math.inf, dtype=torch.float64, device=device)
     for k in range(importance_samples):
@@ -144,29 +149,38 @@ def reconstruction_error(model: MultiscaleFlow, block: Batch, seed: int) -> Tens
 
 
 def histogram_bits_per_dim(
-    train: ShardSet, held_out: ShardSet, batch: int = 1000, images: int | None = None
+    train: ShardSet, held_out: ShardSet, most: int = 60_000, batch: int = 1000
 ) -> float:
     """Held-out bits/dim of a histogram for every pixel, counted (plus one) on the training set.
 
     The simplest honest model of discrete pixels: what a flow must beat to have learned anything
     about how pixels depend on one another.
+
+    Args:
+        train: what is counted.
+        held_out: what is scored.
+        most: count at most the first so many training images, which lie in random order.
+        batch: images that are read at once.
     """
     levels = train.manifest.grey_levels
     counts = torch.ones(levels, *train.manifest.image_shape, dtype=torch.float64)
-    for block in _blocks(train, batch, train.manifest.samples):
+    for block in _blocks(train, batch, min(most, train.manifest.samples)):
         values = block.images.long()
         counts.scatter_add_(0, values, torch.ones(values.shape, dtype=torch.float64))
     log_prob = (counts / counts.sum(0)).log()
-    count = min(images or held_out.manifest.samples, held_out.manifest.samples)
-    total = sum(
-        log_prob.gather(0, block.images.long()).sum() for block in _blocks(held_out, batch, count)
-    )
-    dimensions = math.prod(train.manifest.image_shape)
-    return float(bits_per_dim(torch.as_tensor(total) / count, dimensions))
+    count = held_out.manifest.samples
+    total = torch.zeros((), dtype=torch.float64)
+    for block in _blocks(held_out, batch, count):
+        total += log_prob.gather(0, block.images.long()).sum()
+    return float(bits_per_dim(total / count, math.prod(train.manifest.image_shape)))
 
 
 def check_fits(model: MultiscaleFlow, shards: ShardSet) -> None:
-    """Refuse data of another shape or number of grey levels than the model's; DataError."""
+    """Refuse data of another shape or number of grey levels than the model's.
+
+    Raises:
+        DataError: if they differ.
+    """
     manifest = shards.manifest
     found = (manifest.image_shape, manifest.grey_levels)
     if found != (model.image_shape, model.grey_levels):

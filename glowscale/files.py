@@ -1,8 +1,13 @@
 """Writing files so that a kill or a full disk never leaves half of one under its name."""
 
 import hashlib
+import json
 import os
+import uuid
 from pathlib import Path
+from typing import Any
+
+from glowscale.errors import UserError
 
 TEMPORARY = ".partial"
 """Suffix of what is not finished; nothing ever reads it."""
@@ -10,7 +15,7 @@ TEMPORARY = ".partial"
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file beside its place, sync it, then rename it there."""
-    partial = path.with_name(path.name + TEMPORARY)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")  # ranks may collide
     with partial.open("wb") as file:
         file.write(data)
         file.flush()
@@ -32,3 +37,33 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ClaimError(UserError):
+    """A folder that belongs to other work; the message names it."""
+
+
+def claim_folder(folder: Path, note: str, job: dict[str, Any]) -> None:
+    """Note in a folder what is made there, so that only the same work is ever continued in it.
+
+    Args:
+        folder: made if need be.
+        note: name of the JSON file that says what is made.
+        job: what is made; plain values.
+
+    Raises:
+        ClaimError: if the folder holds other work's results, or tars that nobody claimed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / note
+    if not path.exists():
+        if any(folder.glob("*.tar")):
+            raise ClaimError(f"{folder} holds shards but no {note}; choose an empty folder.")
+        write_atomically(path, json.dumps(job, indent=1).encode())
+    found = json.loads(path.read_bytes())
+    for key in {**found, **job}:
+        if found.get(key) != job.get(key):
+            raise ClaimError(
+                f"{folder} holds other work: its {key} is {found.get(key)!r}, not "
+                f"{job.get(key)!r}; choose another folder."
+            )

@@ -1,12 +1,13 @@
 """Pictures of a run: grids of images, and the course of bits/dim."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -29,10 +30,8 @@ def save_grid(images: Tensor, grey_levels: int, path: Path) -> None:
 
 def save_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw bits/dim in training and on held-out images over the images seen."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     series = {
         "training": ("train", "-", 1.2),
         "held out (averaged weights)": ("held_out", "o-", 2),
@@ -49,7 +48,6 @@ def save_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="images seen", ylabel="bits/dim")
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
-    pyplot.close(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write_atomically(path, buffer.getvalue())

@@ -22,7 +22,8 @@ def derived_seed(*key: int | str) -> int:
     >>> derived_seed(0, "order", 1) == derived_seed(0, "order", 11)
     False
     """
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=16).digest(), "little")
+    plain = tuple(part if isinstance(part, str) else int(part) for part in key)
+    return int.from_bytes(hashlib.blake2b(repr(plain).encode(), digest_size=16).digest(), "little")
 
 
 def generator(*key: int | str) -> np.random.Generator:

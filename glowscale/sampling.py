@@ -1,6 +1,5 @@
 """Generating images: image i is a function of (checkpoint, seed, i, temperature) alone."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from glowscale.data.manifest import DataError
 from glowscale.data.sources import Sample
 from glowscale.data.writer import write_shard
-from glowscale.files import write_atomically
+from glowscale.errors import UserError
+from glowscale.files import claim_folder
 from glowscale.models import MultiscaleFlow
 from glowscale.pictures import save_grid
 
@@ -23,9 +22,19 @@ JOB = "job.json"
 def sample_images(
     model: MultiscaleFlow, seed: int, indices: range, temperature: float = 1.0
 ) -> Tensor:
-    """The images with these indices, uint8 (B, C, H, W), on the CPU."""
-    latents = model.draw_latents(seed, indices, temperature)
-    return model.quantize(model.decode(latents)).cpu()
+    """The images with these indices, uint8 (B, C, H, W), on the CPU.
+
+    Raises:
+        UserError: if the model blew up, which would else pass for black pixels.
+    """
+    images = model.decode(model.draw_latents(seed, indices, temperature))
+    finite = images.isfinite().flatten(1).all(1).tolist()
+    if not all(finite):
+        raise UserError(
+            f"Sample {indices[finite.index(False)]} of seed {seed} is not finite; lower the "
+            f"temperature from {temperature}, or train longer."
+        )
+    return model.quantize(images).cpu()
 
 
 def sample_blocks(
@@ -75,7 +84,7 @@ def generate(
         The paths of all shards, in order.
 
     Raises:
-        DataError: if `out` holds another job's images.
+        ClaimError: if `out` holds another job's images.
     """
     job = {
         **identity,
@@ -85,8 +94,7 @@ def generate(
         "shard_size": shard_size,
         "block": block,
     }
-    claim_folder(out, job)
-    paths = []
+    claim_folder(out, JOB, job)
     shards = list(_shard_ranges(out, count, shard_size))
     missing = [(path, indices) for path, indices in shards if not path.exists()]
     with tqdm(total=count, desc="sampling", unit="img", disable=rank > 0) as progress:
@@ -98,8 +106,7 @@ def generate(
             rows = zip(indices, images, strict=True)
             write_shard(path, [Sample(f"{i:09d}", image, None) for i, image in rows])
             progress.update(len(indices))
-    paths = [path for path, _ in shards]
-    return paths
+    return [path for path, _ in shards]
 
 
 def save_preview(
@@ -108,23 +115,6 @@ def save_preview(
     """Save a grid of the first `count` images of a job."""
     images = sample_blocks(model, seed, range(count), temperature, block)
     save_grid(images, model.grey_levels, path)
-
-
-def claim_folder(out: Path, job: dict[str, Any]) -> None:
-    """Note in the folder what is made there; raises DataError if that is something else."""
-    out.mkdir(parents=True, exist_ok=True)
-    note = out / JOB
-    if not note.exists():
-        if any(out.glob("*.tar")):
-            raise DataError(f"{out} holds shards but no {JOB}; choose an empty folder.")
-        write_atomically(note, json.dumps(job, indent=1).encode())
-    found = json.loads(note.read_bytes())
-    for key in {**found, **job}:
-        if found.get(key) != job.get(key):
-            raise DataError(
-                f"{out} holds images of another job: its {key} is {found.get(key)!r}, not "
-                f"{job.get(key)!r}; choose another folder."
-            )
 
 
 def _shard_ranges(out: Path, count: int, shard_size: int) -> Iterator[tuple[Path, range]]:

@@ -1,16 +1,17 @@
 """Bits per dimension of held-out images under a run's averaged weights.
 
 python pipelines/evaluate.py RUN, alone or under `accelerate launch`; RUN is a run folder or a
-checkpoint.
+checkpoint. What is not given is as in the run's config.
 """
 
 import argparse
 from pathlib import Path
 
+from glowscale.config import parse_config
 from glowscale.data import ShardSet
-from glowscale.distributed import start_accelerator
+from glowscale.distributed import refuse_disagreement, start_accelerator
 from glowscale.evaluation import evaluate
-from glowscale.jobs import job, report, say
+from glowscale.jobs import job, positive, report, say
 from glowscale.training import load_model
 
 
@@ -20,22 +21,24 @@ def main() -> None:
     with job():
         accelerator = start_accelerator()
         model, checkpoint = load_model(arguments.run, arguments.weights)
-        config = checkpoint.state["config"]
-        data = arguments.data or Path(config["data"]["dir"]) / config["data"]["held_out_split"]
+        refuse_disagreement("checkpoints", checkpoint.digest)
+        config = parse_config(checkpoint.state["config"])
+        seed = config.run.seed if arguments.seed is None else arguments.seed
         evaluation = evaluate(
             model.to(accelerator.device),
-            ShardSet(data),
-            seed=arguments.seed,
-            batch=arguments.batch,
+            ShardSet(arguments.data or config.data.dir / config.data.held_out_split),
+            seed=seed,
+            batch=arguments.batch or config.evaluate.batch,
             images=arguments.images,
-            importance_samples=arguments.importance_samples,
+            importance_samples=arguments.importance_samples or config.evaluate.importance_samples,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
         if accelerator.is_main_process:
             say(f"{checkpoint.path}: {evaluation}")
             if arguments.json:
-                report({**evaluation.to_dict(), "checkpoint": checkpoint.digest})
+                origin = {"checkpoint": checkpoint.digest, "weights": arguments.weights}
+                report({**evaluation.to_dict(), **origin})
         accelerator.end_training()
 
 
@@ -45,10 +48,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="run folder or checkpoint")
     parser.add_argument("--data", type=Path, help="split to score, if not the run's held-out one")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema")
-    parser.add_argument("--images", type=int, help="score only the first so many")
-    parser.add_argument("--importance-samples", type=int, default=1, metavar="K")
-    parser.add_argument("--batch", type=int, default=250, help="images of a block")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the dequantization noise")
+    parser.add_argument("--images", type=positive, help="score only the first so many")
+    parser.add_argument("--importance-samples", type=positive, metavar="K", help="of the noise")
+    parser.add_argument("--batch", type=positive, help="images of a block")
+    parser.add_argument("--seed", type=int, help="seed of the dequantization noise")
     parser.add_argument("--json", action="store_true", help="end with a JSON object on stdout")
     return parser.parse_args()
 

@@ -2,19 +2,36 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from glowscale.data.sources import SOURCES, open_source
+from glowscale.data.sources import open_source
 from glowscale.data.writer import pack
-from glowscale.jobs import job, report, say
+from glowscale.jobs import job, positive, report, say
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line: a sub-command for every source, with the source's own options."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    digits = sources.add_parser("digits", help="scikit-learn's handwritten digits")
+    digits.add_argument("--held-out", type=positive, default=297, help="images of the split test")
+    idx = sources.add_parser("idx", help="IDX files of the MNIST family, gzipped or not")
+    idx.add_argument("--path", type=Path, required=True, help="folder of the IDX files")
+    for source in (digits, idx):
+        source.add_argument("out", type=Path, help="folder of the splits")
+        source.add_argument("--shard-size", type=positive, default=10_000, help="images a shard")
+        source.add_argument("--seed", type=int, default=0, help="seed of the packing order")
+        source.add_argument("--json", action="store_true", help="end with JSON on stdout")
+    return parser.parse_args()
 
 
 def main() -> None:
     """Open the source, pack its splits, tell what they hold."""
-    arguments = parse_arguments()
+    options = vars(parse_arguments())
+    source, out, as_json = (options.pop(key) for key in ("source", "out", "json"))
+    shard_size, seed = options.pop("shard_size"), options.pop("seed")
     with job():
-        splits = open_source(arguments.source, source_arguments(arguments))
-        manifests = pack(splits, arguments.out, arguments.shard_size, arguments.seed)
+        splits = open_source(source, options)
+        manifests = pack(splits, out, shard_size, seed)
         packed = {
             split.name: {
                 "images": manifest.samples,
@@ -24,31 +41,9 @@ def main() -> None:
             for split, manifest in zip(splits, manifests, strict=True)
         }
         for name, facts in packed.items():
-            say(f"{arguments.out / name}: {facts['images']:,} images in {facts['shards']} shards")
-        if arguments.json:
+            say(f"{out / name}: {facts['images']:,} images in {facts['shards']} shards")
+        if as_json:
             report(packed)
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", choices=SOURCES, help="what to pack")
-    parser.add_argument("out", type=Path, help="folder of the splits")
-    parser.add_argument("--path", type=Path, help="idx: folder of the IDX files")
-    parser.add_argument("--held-out", type=int, help="digits: images held out, chosen by key")
-    parser.add_argument("--shard-size", type=int, default=10_000, help="images a shard")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the packing order")
-    parser.add_argument("--json", action="store_true", help="end with a JSON object on stdout")
-    arguments = parser.parse_args()
-    if arguments.source == "idx" and arguments.path is None:
-        parser.error("idx needs --path, the folder of the IDX files")
-    return arguments
-
-
-def source_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What was given for the source itself."""
-    given = {"path": arguments.path, "held_out": arguments.held_out}
-    return {key: value for key, value in given.items() if value is not None}
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ command again makes only what is missing.
 import argparse
 from pathlib import Path
 
-from glowscale.distributed import start_accelerator
-from glowscale.jobs import job, report, say
+from glowscale.distributed import refuse_disagreement, start_accelerator
+from glowscale.jobs import job, positive, report, say
 from glowscale.sampling import generate, save_preview
 from glowscale.training import load_model
 
@@ -21,6 +21,7 @@ def main() -> None:
     with job():
         accelerator = start_accelerator()
         model, checkpoint = load_model(arguments.run, arguments.weights)
+        refuse_disagreement("checkpoints", checkpoint.digest)
         model.to(accelerator.device)
         shards = generate(
             model,
@@ -48,12 +49,12 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="run folder or checkpoint")
-    parser.add_argument("--count", type=int, required=True, help="number of images")
+    parser.add_argument("--count", type=positive, required=True, help="number of images")
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=1.0, help="scale of the latents")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema")
-    parser.add_argument("--shard-size", type=int, default=1000, help="images a shard")
+    parser.add_argument("--shard-size", type=positive, default=1000, help="images a shard")
     parser.add_argument("--json", action="store_true", help="end with a JSON object on stdout")
     return parser.parse_args()
 

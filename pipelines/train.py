@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from glowscale.config import Config, describe, load_config
+from glowscale.data.manifest import MANIFEST
 from glowscale.data.sources import open_source
 from glowscale.data.writer import pack
 from glowscale.distributed import start_accelerator
@@ -37,11 +38,13 @@ def main() -> None:
 
 
 def pack_if_missing(config: Config, accelerator: Accelerator) -> None:
-    """Let the main process pack the config's source; what is packed already is left alone."""
+    """Let the main process pack the config's source where the training split is not there."""
+    data = config.data
     with accelerator.main_process_first():
-        if config.data.source is not None and accelerator.is_main_process:
-            source = config.data.source.model_dump()
-            pack(open_source(source.pop("kind"), source), config.data.dir, config.data.shard_size)
+        missing = not (data.dir / data.train_split / MANIFEST).exists()
+        if data.source is not None and missing and accelerator.is_main_process:
+            source = data.source.model_dump()
+            pack(open_source(source.pop("kind"), source), data.dir, data.shard_size)
 
 
 def parse_arguments() -> argparse.Namespace:

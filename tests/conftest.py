@@ -78,7 +78,7 @@ def random_split(
         image = np.clip(ramp + rng.normal(0, 1, shape), 0, grey_levels - 1).astype(np.uint8)
         return Sample(f"{name}-{i:05d}", image, i % 3)
 
-    return Split(name, shape, grey_levels, ("a", "b", "c"), size, sample)
+    return Split(name, "random ramps", shape, grey_levels, ("a", "b", "c"), size, sample)
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +114,7 @@ def config_dict(data_dir: Path, tmp_path: Path) -> dict[str, Any]:
             "init_images": 32,
             "clip": 10.0,
             "ema_images": 100,
-            "optimizer": {"lr": 5e-3},
+            "optimizer": {"kind": "adamw", "lr": 5e-3, "weight_decay": 0.1},
             "schedule": {"warmup_images": 64, "decay": "cosine"},
         },
         "log": {"every": 48},
@@ -147,11 +147,11 @@ def run_job() -> Runner:
     """Runs a job of pipelines/ as a real process and returns what it printed."""
 
     def run(
-        script: str, *arguments: object, processes: int = 1, check: bool = True
+        script: str, *arguments: object, processes: int = 1, threads: int = 1, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         result = subprocess.run(
             [*job_command(script, processes), *map(str, arguments)],
-            env=job_environment(),
+            env=job_environment(threads),
             capture_output=True,
             text=True,
             timeout=300,

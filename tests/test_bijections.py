@@ -1,7 +1,10 @@
 """The strict test of every bijection, and what is particular to some."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from glowscale.bijections import (
     AffineCoupling,
     AffinePixels,
     Bijection,
+    FlowStep,
     Invertible1x1Conv,
     LogitPixels,
     LUMatrix,
@@ -57,13 +61,8 @@ def unit(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.rand(*shape, dtype=dtype) * 0.98 + 0.01
 
 
-def step(channels: int) -> list[Bijection]:
-    network = ConvolutionalNetwork(channels // 2, channels, 8)
-    return [
-        ActNorm(channels),
-        Invertible1x1Conv(LUMatrix(channels)),
-        AffineCoupling(network),
-    ]
+def step(channels: int) -> FlowStep:
+    return FlowStep(channels, AffineCoupling(ConvolutionalNetwork(channels // 2, channels, 8)))
 
 
 CASES = {
@@ -92,7 +91,7 @@ CASES = {
     "conditional_gaussian": Case(
         lambda: ConditionalGaussian(ContextOnly(3, 8)), context=(3, 2, 3)
     ),
-    "sequential": Case(lambda: Sequential([Squeeze(), *step(8), Squeeze(), *step(32)]), (2, 4, 4)),
+    "sequential": Case(lambda: Sequential([Squeeze(), step(8), Squeeze(), step(32)]), (2, 4, 4)),
 }
 
 
@@ -246,32 +245,33 @@ def test_actnorm_whitens_the_data_it_is_shown_even_far_from_zero() -> None:
 
 def test_actnorm_statistics_do_not_depend_on_how_ranks_share_the_data() -> None:
     x = torch.randn(12, 3, 2, 2).double() * 5 + 2
-    whole, shared = ActNorm(3).double(), ActNorm(3).double()
+    whole = ActNorm(3).double()
     whole.initialize(x, reduce=lambda t: t)
     parts = [x[:3], x[3:3], x[3:]]  # one rank has nothing
-    sums: list[Tensor] = []
+    ranks = [ActNorm(3).double() for _ in parts]
+    barrier, slots = threading.Barrier(len(parts)), [torch.empty(0)] * len(parts)
 
-    def values(part: Tensor) -> Tensor:
-        return part.transpose(0, 1).flatten(1)
+    def all_reduce(rank: int, tensor: Tensor) -> Tensor:
+        slots[rank] = tensor
+        barrier.wait(timeout=10)
+        total = torch.stack(slots).sum(0)
+        barrier.wait(timeout=10)
+        return total
 
-    def reduce(_: Tensor) -> Tensor:
-        count = torch.tensor(12.0 * 4, dtype=torch.float64)
-        mean = sum(values(p).sum(1) for p in parts) / count
-        results = [
-            count,
-            mean * count,
-            sum((values(p) - mean[:, None]).square().sum(1) for p in parts),
+    with ThreadPoolExecutor(len(parts)) as pool:
+        jobs = [
+            pool.submit(layer.initialize, part, partial(all_reduce, rank))
+            for rank, (layer, part) in enumerate(zip(ranks, parts, strict=True))
         ]
-        sums.append(results[len(sums)])
-        return sums[-1]
-
-    shared.initialize(parts[0], reduce)
-    torch.testing.assert_close(shared.log_scale, whole.log_scale, rtol=0, atol=1e-12)
-    torch.testing.assert_close(shared.bias, whole.bias, rtol=0, atol=1e-12)
+        for job in jobs:
+            job.result()
+    for layer in ranks:
+        torch.testing.assert_close(layer.log_scale, whole.log_scale, rtol=0, atol=1e-12)
+        torch.testing.assert_close(layer.bias, whole.bias, rtol=0, atol=1e-12)
 
 
 def test_initializing_goes_layer_by_layer_and_only_once() -> None:
-    flow = Sequential([*step(4), *step(4)])
+    flow = Sequential([step(4), step(4)])
     x = 3 + 2 * torch.randn(256, 4, 2, 2)
     for reduce_calls in (6, 0):  # three sums a layer; loading or repeating sums nothing
         calls: list[Tensor] = []

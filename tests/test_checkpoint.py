@@ -34,8 +34,7 @@ def tensors(value: float) -> dict[str, dict[str, Tensor]]:
 
 def save(run: Path, images: int, keep: int = 2) -> Path:
     state = {"images": images, "window": [0.1 + 0.2, 3.0]}
-    name = f"images-{images:012d}"
-    return save_checkpoint(run / "checkpoints", name, tensors(images), state, keep)
+    return save_checkpoint(run / "checkpoints", images, tensors(images), state, keep)
 
 
 def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
@@ -120,6 +119,29 @@ def test_an_unfinished_or_foreign_checkpoint_is_not_taken(tmp_path: Path) -> Non
         read_checkpoint(whole)
 
 
+def test_a_damaged_pointer_does_not_stop_a_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = save(tmp_path, 10)
+    (tmp_path / "checkpoints" / "latest.json").write_text("{")
+    resumed = resume_checkpoint(tmp_path / "checkpoints")
+    assert resumed is not None
+    assert resumed.path == newest
+    assert "latest.json is damaged" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"latest\.json is damaged"):
+        find_checkpoint(tmp_path)
+
+
+def test_folders_that_a_user_made_are_neither_resumed_nor_pruned(tmp_path: Path) -> None:
+    first = save(tmp_path, 10)
+    best = shutil.copytree(first, first.with_name("keep-best"))
+    assert save(tmp_path, 20, keep=1) == find_checkpoint(tmp_path)
+    resumed = resume_checkpoint(tmp_path / "checkpoints")
+    assert resumed is not None
+    assert resumed.state["images"] == 20
+    assert read_checkpoint(best).state["images"] == 10
+
+
 def test_tensors_that_do_not_fit_are_named() -> None:
     model, other = tiny_glow(hidden_channels=8), tiny_glow(hidden_channels=4)
     with pytest.raises(CheckpointError, match=r"at \d+ tensors, the first being 'levels\.0"):
@@ -148,7 +170,7 @@ def test_optimizer_state_continues_bit_by_bit(tmp_path: Path, kind: str) -> None
         "ema": {},
         "optimizer": optimizer_tensors(optimizer, model),
     }
-    path = save_checkpoint(tmp_path, "one", saved, {}, 1)
+    path = save_checkpoint(tmp_path, 1, saved, {}, 1)
     update(model, optimizer)
 
     resumed, resumed_optimizer = make()

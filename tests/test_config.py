@@ -1,5 +1,6 @@
 """Configs: each mistake gets one sentence that names the key, the value and what is allowed."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from glowscale.config import ConfigError, describe, differences, load_config, parse_config
+from glowscale.config.load import sections_of
 from glowscale.config.schema import Config, Section
 
 
@@ -49,6 +51,9 @@ def test_a_saved_config_loads_as_the_same(path: Path) -> None:
             "model.dequantization.kind=none",
             "'model.dequantization.kind' is 'none'; it must be one of 'uniform', 'variational'",
         ),
+        ("data.source={path: x}", "The config key 'data.source.kind' is missing."),
+        ("train=5", "'train' is 5; it must be a mapping of keys"),
+        ("model.dequantization=uniform", "is 'uniform'; it must be a mapping of keys"),
         ("data.source={kind: idx}", "The config key 'data.source.path' is missing."),
         ("run.dir.x=1", "goes below 'dir', a plain value"),
         ("batch", "'batch' must have the form dotted.key=value"),
@@ -77,19 +82,20 @@ def test_a_file_that_is_no_config_is_named(tmp_path: Path) -> None:
 
 
 def test_help_documents_every_key() -> None:
-    text = describe()
+    lines = [re.sub(r"\[\w+\]", "", line).split(maxsplit=1) for line in describe().splitlines()]
+    described = {key: text for key, text in lines}
 
-    def check(section: type[Section]) -> None:
+    def check(section: type[Section], prefix: str) -> None:
         for name, field in section.model_fields.items():
-            annotation = field.annotation
-            if isinstance(annotation, type) and issubclass(annotation, Section):
-                check(annotation)
-            else:
+            inner = sections_of(field.annotation)
+            if not inner:
                 assert field.description, name
-                assert field.description in text
-                assert f".{name} " in text
+                assert prefix + name in described
+            for part in inner:
+                check(part, f"{prefix}{name}.")
 
-    check(Config)
+    check(Config, "")
+    assert "model.dequantization.depth" in described  # of one choice among several
 
 
 def test_differences_are_found_by_dotted_key() -> None:

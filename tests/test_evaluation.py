@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from torch import Tensor, nn
 
 from glowscale.config import parse_config
 from glowscale.data import DataError, ShardSet
@@ -32,9 +31,7 @@ def model() -> MultiscaleFlow:
     return tiny_glow((1, 8, 8), 16, levels=2)
 
 
-def test_neither_blocks_nor_processes_change_the_figure(
-    model: MultiscaleFlow, held_out: ShardSet
-) -> None:
+def test_blocks_do_not_change_the_figure(model: MultiscaleFlow, held_out: ShardSet) -> None:
     expected = evaluate(model, held_out, seed=1, batch=37)
     for batch in (1, 5, 36, 100):
         result = evaluate(model, held_out, seed=1, batch=batch)
@@ -73,26 +70,18 @@ def test_more_importance_samples_tighten_the_bound(
     assert scores[2].importance_samples == 64
 
 
-def test_importance_sampling_averages_weights(model: MultiscaleFlow, held_out: ShardSet) -> None:
-    class Weights(nn.Module):
-        """Log-weights that are known: log of 1, 2, 3, ... in turn."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.prior = model.prior
-            self.calls = 0
-
-        def draw_noise(self, keys: Any) -> Tensor:  # noqa: ANN401
-            return torch.zeros(len(list(keys)), 1)
-
-        def forward(self, images: Tensor, labels: None, noise: Tensor) -> Any:  # noqa: ANN401
-            self.calls += 1
-            output = model(images)
-            return output._replace(log_prob=torch.full((len(images),), math.log(self.calls)))
-
+def test_importance_sampling_averages_the_weights_of_independent_noise(
+    model: MultiscaleFlow, held_out: ShardSet
+) -> None:
+    block = held_out.read_batch(5, 8)
     with torch.no_grad():
-        bound = score_block(Weights(), held_out.read_batch(0, 3), 0, 5)  # type: ignore[arg-type]
-    torch.testing.assert_close(bound, torch.full((3,), math.log(3.0)).double(), rtol=0, atol=1e-6)
+        bound = score_block(model, block, seed=1, importance_samples=5)
+        keys = [[(1, "evaluation", k, i) for i in (5, 6, 7)] for k in range(5)]
+        noises = [model.draw_noise(row) for row in keys]
+        weights = torch.stack([model(block.images, None, n).log_prob for n in noises]).double()
+    assert len({float(noise.sum()) for noise in noises}) == 5
+    expected = weights.exp().mean(0).log()
+    torch.testing.assert_close(bound, expected, rtol=0, atol=1e-4)
 
 
 def test_data_of_another_kind_are_refused(held_out: ShardSet) -> None:
@@ -108,7 +97,7 @@ def test_the_histogram_is_the_entropy_of_independent_pixels(tmp_path: Path) -> N
         return Sample(f"{i:05d}", image[None].astype(np.uint8), None)
 
     for name, size in (("train", 3000), ("test", 500)):
-        pack_split(Split(name, (1, 4, 4), 16, (), size, sample), tmp_path / name, 1000)
+        pack_split(Split(name, "dice", (1, 4, 4), 16, (), size, sample), tmp_path / name, 1000)
     bits = histogram_bits_per_dim(ShardSet(tmp_path / "train"), ShardSet(tmp_path / "test"))
     assert bits == pytest.approx((1 + 2 + 3 + 4) / 4, abs=0.01)
 

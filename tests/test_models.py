@@ -139,7 +139,7 @@ def wide_dequantizer() -> VariationalDequantizer:
     dequantizer = variational(BINARY, 2)
     perturb(dequantizer, 0.1)
     with torch.no_grad():
-        dequantizer.flow.bijections[1].log_scale += 0.3
+        dequantizer.flow.bijections[1].bijections[0].log_scale += 0.3
     return dequantizer
 
 
@@ -232,10 +232,15 @@ def test_glow_refuses_what_its_levels_do_not_divide() -> None:
         glow((1, 8, 8), 300, UniformDequantizer(), AffinePixels(300), levels=1, **arguments)
 
 
-def test_log_prob_is_float32_under_autocast_and_close_to_full_precision() -> None:
-    model = tiny_glow((1, 8, 8), 17, levels=2)
+@pytest.mark.parametrize("dequantization", ["uniform", "variational"])
+def test_log_prob_is_float32_under_autocast_and_close_to_full_precision(
+    dequantization: str,
+) -> None:
+    uniform = dequantization == "uniform"
+    dequantizer = UniformDequantizer() if uniform else variational((1, 8, 8), 17)
+    model = tiny_glow((1, 8, 8), 17, dequantizer, levels=2)
     images = torch.randint(0, 17, (4, 1, 8, 8), dtype=torch.uint8)
-    noise = torch.rand(4, 1, 8, 8)
+    noise = torch.rand(4, 1, 8, 8) if uniform else torch.randn(4, 1, 8, 8)
     full = model(images, None, noise).log_prob
     with torch.autocast("cpu", torch.bfloat16):
         low = model(images, None, noise).log_prob

@@ -10,7 +10,8 @@ import webdataset
 import yaml
 from PIL import Image
 
-from glowscale.data import DataError
+from glowscale.errors import UserError
+from glowscale.files import ClaimError
 from glowscale.models import MultiscaleFlow
 from glowscale.pictures import save_grid
 from glowscale.sampling import generate, sample_blocks, sample_images
@@ -65,14 +66,21 @@ def test_ranks_and_restarts_give_the_same_shards(model: MultiscaleFlow, tmp_path
 
 def test_a_folder_of_another_job_is_refused(model: MultiscaleFlow, tmp_path: Path) -> None:
     generate(model, tmp_path / "a", **options(count=4))
-    with pytest.raises(DataError, match="its seed is 4, not 5"):
+    with pytest.raises(ClaimError, match="its seed is 4, not 5"):
         generate(model, tmp_path / "a", **options(count=4, seed=5))
-    with pytest.raises(DataError, match="its checkpoint is 'abc', not 'xyz'"):
+    with pytest.raises(ClaimError, match="its checkpoint is 'abc', not 'xyz'"):
         generate(model, tmp_path / "a", **options(count=4, identity={"checkpoint": "xyz"}))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "precious.tar").write_bytes(b"")
-    with pytest.raises(DataError, match="holds shards but no"):
+    with pytest.raises(ClaimError, match="holds shards but no"):
         generate(model, tmp_path / "b", **options())
+
+
+def test_a_model_that_blew_up_is_an_error_not_black_images(model: MultiscaleFlow) -> None:
+    with torch.no_grad():
+        model.prior.mean[0] = float("inf")
+    with pytest.raises(UserError, match="Sample 3 of seed 0 is not finite"):
+        sample_images(model, 0, range(3, 5))
 
 
 def test_the_job_writes_shards_and_a_grid(

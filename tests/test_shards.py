@@ -3,18 +3,20 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import webdataset
+import yaml
 
 from glowscale.data import DataError, ShardSet
 from glowscale.data.images import decode_image, encode_png
 from glowscale.data.manifest import Fingerprint, load_manifest
 from glowscale.data.sources import digits, idx
 from glowscale.data.writer import pack, pack_split
-from glowscale.files import TEMPORARY, sha256_of
+from glowscale.files import TEMPORARY, ClaimError, sha256_of
 from tests.conftest import Runner, last_json, random_split
 
 
@@ -105,6 +107,13 @@ def test_the_fingerprint_tells_the_samples_not_their_packing(tmp_path: Path) -> 
     assert changed.hexdigest() != one.fingerprint
 
 
+def test_a_folder_of_other_shards_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "shard-000000.tar").write_bytes(b"precious")
+    with pytest.raises(ClaimError, match=r"holds shards but no packing\.json"):
+        pack_split(random_split("train", 50), tmp_path, 20)
+    assert (tmp_path / "shard-000000.tar").read_bytes() == b"precious"
+
+
 def test_interrupted_packing_leaves_no_manifest(tmp_path: Path) -> None:
     split = random_split("train", 50)
 
@@ -121,7 +130,7 @@ def test_interrupted_packing_leaves_no_manifest(tmp_path: Path) -> None:
 
 
 def write_idx(folder: Path, zipped: bool) -> np.ndarray:
-    images = np.random.default_rng(0).integers(0, 256, (12, 4, 6), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (12, 4, 8), np.uint8)
     for prefix, count in (("train", 12), ("t10k", 5)):
         for kind, data in (("images-idx3", images[:count]), ("labels-idx1", np.arange(count) % 3)):
             array = data.astype(np.uint8)
@@ -147,10 +156,27 @@ def test_idx_files_are_packed_by_the_job(tmp_path: Path, zipped: bool, run_job: 
     assert test.labels.tolist() == [0, 1, 2, 0, 1]
     train = ShardSet(out / "train")
     assert [s.samples for s in train.manifest.shards] == [5, 5, 2]
-    assert train.manifest.image_shape == (1, 4, 6)
+    assert train.manifest.image_shape == (1, 4, 8)
     assert train.manifest.grey_levels == 256
-    again = run_job("make_shards.py", "idx", out, "--path", tmp_path, "--json")
-    assert last_json(again) == last_json(result)
+    same = ["idx", out, "--path", tmp_path, "--shard-size", 5, "--json"]
+    assert last_json(run_job("make_shards.py", *same)) == last_json(result)
+    other = run_job("make_shards.py", "digits", out, check=False)
+    assert other.returncode == 1
+    assert "holds other work: its origin is 'IDX files train', not" in other.stderr
+
+
+def test_training_packs_its_source_if_it_is_not_there(
+    tmp_path: Path, run_job: Runner, config_dict: dict[str, Any]
+) -> None:
+    write_idx(tmp_path, zipped=True)
+    source = {"kind": "idx", "path": str(tmp_path)}
+    config_dict["data"] |= {"dir": str(tmp_path / "data"), "source": source, "shard_size": 5}
+    config_dict["train"]["images"] = 32
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_dict))
+    result = last_json(run_job("train.py", tmp_path / "c.yaml", "--json", processes=2))
+    assert result["images"] == 5
+    assert result["image_shape"] == [1, 4, 8]
+    assert len(list((tmp_path / "data" / "train").glob("shard-*.tar"))) == 3
 
 
 def test_idx_files_that_are_missing_or_damaged_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Training as users run it: killed, resumed, on several processes, always the same weights."""
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -49,13 +51,15 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 
 
-def kill_after_checkpoint(command: list[str], run: Path, images: int, delay: float) -> None:
-    """Start a training and SIGKILL it `delay` seconds after that checkpoint has appeared."""
+def kill_after_next_checkpoint(command: list[str], run: Path, delay: float) -> None:
+    """Start a training and SIGKILL it `delay` seconds after it has written a checkpoint."""
+    folder = run / "checkpoints"
+    before = set(folder.glob("images-*"))
     process = subprocess.Popen(
         command, env=job_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / f"images-{images:012d}").exists():
+    while not {p for p in folder.glob("images-*") if p.suffix == ""} - before:
         assert process.poll() is None, process.stdout.read()  # type: ignore[union-attr]
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -70,9 +74,9 @@ def test_killed_runs_end_with_the_weights_of_the_uninterrupted_one(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run_job("train.py", config_path, f"run.dir={whole}")
     command = [*job_command("train.py"), str(config_path), f"run.dir={killed}"]
-    for images, delay in [(0, 0.1), (64, 0.3), (192, 0.0)]:
-        kill_after_checkpoint(command, killed, images, delay)
-        assert find_checkpoint(killed).is_dir()
+    for delay in (0.0, 0.15, 0.05):
+        kill_after_next_checkpoint(command, killed, delay)
+        assert not (killed / "checkpoints" / "images-000000000320").exists()
     result = run_job("train.py", config_path, f"run.dir={killed}", "data.workers=2")
     assert_same_run(whole, killed)
     assert "bits/dim" in result.stderr
@@ -131,7 +135,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(
         content["train"] |= {"micro_batch": micro_batch, "precision": "float64", "images": 80}
         trainer = Trainer(parse_config(content), Accelerator(cpu=True))
         trainer.train()
-        return trainer.model
+        return trainer.state.model
 
     whole, parts = train(None), train(3)
     for (name, a), b in zip(whole.named_parameters(), parts.parameters(), strict=True):
@@ -142,20 +146,23 @@ def test_bf16_trains_networks_in_bf16_and_keeps_float32_weights(
     config_dict: dict[str, Any],
 ) -> None:
     config_dict["train"] |= {"precision": "bf16", "images": 64}
-    trainer = Trainer(parse_config(config_dict), Accelerator(cpu=True, mixed_precision="bf16"))
+    with pytest.raises(ConfigError, match=r"train\.precision is 'bf16', but Accelerate"):
+        Trainer(parse_config(config_dict), Accelerator(cpu=True))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = Trainer(parse_config(config_dict), start_accelerator("bf16"))
     dtypes: set[torch.dtype] = set()
-    network = trainer.model.levels[0].bijections[3].network.layers[0]
+    network = trainer.state.model.levels[0].bijections[1].bijections[2].network.layers[0]
     network.register_forward_hook(lambda _m, _a, out: dtypes.add(out.dtype))
     evaluation = trainer.train()
     assert dtypes == {torch.bfloat16}
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainer.state.model.parameters()} == {torch.float32}
     assert 0 < evaluation.bits_per_dim < 8
 
 
 def test_training_learns(config_dict: dict[str, Any]) -> None:
     config_dict["train"] |= {"images": 1600}
     trainer = Trainer(parse_config(config_dict), Accelerator(cpu=True))
-    before = trainer._evaluate(None).bits_per_dim
+    before = trainer.evaluate().bits_per_dim
     after = trainer.train().bits_per_dim
     assert after < before - 0.3
 
@@ -204,7 +211,7 @@ def test_a_launcher_whose_processes_do_not_join_is_refused(
         start_accelerator()
     result = run_job("train.py", config_path, check=False)  # and none of a launcher's addresses
     assert result.returncode == 1
-    assert "Error: The launcher says WORLD_SIZE=2, but its processes cannot join" in result.stderr
+    assert "Error: Accelerate cannot start with WORLD_SIZE=2" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -213,11 +220,37 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(
 ) -> None:
     trainer = Trainer(parse_config(config_dict), Accelerator(cpu=True))
     with torch.no_grad():
-        trainer.model.prior.mean.fill_(float("nan"))
+        trainer.state.model.prior.mean.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match=r"lower train\.optimizer\.lr"):
         trainer.train()
     saved = load_file(find_checkpoint(tmp_path / "run") / "model.safetensors")
     assert all(bool(value.isfinite().all()) for value in saved.values())
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(
+    config_dict: dict[str, Any], tmp_path: Path
+) -> None:
+    config_dict["checkpoint"] = {"every": 16, "keep": 1}
+    trainer = Trainer(parse_config(config_dict), Accelerator(cpu=True))
+    mean = trainer.state.model.prior.mean
+    mean.register_hook(lambda gradient: gradient * float("inf"))  # the loss itself is finite
+    with pytest.raises(NonFiniteError, match="gradient became infinite"):
+        trainer.train()
+    saved = load_file(find_checkpoint(tmp_path / "run") / "model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in saved.values())
+
+
+def test_what_is_wrong_with_a_shard_reaches_the_user_through_workers(
+    config_path: Path, config_dict: dict[str, Any], tmp_path: Path, run_job: Runner
+) -> None:
+    shutil.copytree(config_dict["data"]["dir"], tmp_path / "data")
+    shard = tmp_path / "data" / "train" / "shard-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:9000])
+    overrides = [f"data.dir={tmp_path / 'data'}", "data.workers=2"]
+    result = run_job("train.py", config_path, *overrides, check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f"Error: {shard} is truncated")
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("decay", ["constant", "cosine"])

@@ -7,6 +7,7 @@ from glowscale.bijections.coupling import AdditiveCoupling, AffineCoupling, Coup
 from glowscale.bijections.elementwise import AffinePixels, LogitPixels, Sigmoid
 from glowscale.bijections.matrices import InvertibleMatrix, LUMatrix, PlainMatrix
 from glowscale.bijections.squeeze import Squeeze, Unsqueeze
+from glowscale.bijections.step import FlowStep
 
 __all__ = [
     "ActNorm",
@@ -15,6 +16,7 @@ __all__ = [
     "AffinePixels",
     "Bijection",
     "Coupling",
+    "FlowStep",
     "Invertible1x1Conv",
     "InvertibleMatrix",
     "LUMatrix",

@@ -108,6 +108,10 @@ def _sentence(error: ErrorDetails, content: Mapping[str, Any]) -> str:
     if error["type"] == "union_tag_invalid":
         tag, expected = error["ctx"]["tag"], error["ctx"]["expected_tags"]
         return f"The config key '{dotted}.kind' is {tag!r}; it must be one of {expected}."
+    if error["type"] == "union_tag_not_found":
+        return f"The config key '{dotted}.kind' is missing."
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"The config key {dotted!r} is {error['input']!r}; it must be a mapping of keys."
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "it must")
     if not dotted:
         return f"The config cannot be: {message}."

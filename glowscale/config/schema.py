@@ -3,9 +3,14 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
-FilePath = Annotated[Path, Field(strict=False), PlainSerializer(str)]
+FilePath = Annotated[
+    Path,
+    Field(strict=False),
+    AfterValidator(Path.expanduser),
+    PlainSerializer(str, when_used="json"),
+]
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -113,7 +118,7 @@ class Optimizer(Section):
     lr: Positive = Field(1e-3, description="learning rate after the warm-up")
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="decay of the mean")
     beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of the norm")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.0, description="decay of the networks' convolution weights"
     )
 
@@ -138,7 +143,9 @@ class Train(Section):
     micro_batch: Count | None = Field(
         None, description="most images that a process holds at once; accumulation follows"
     )
-    init_images: Count = Field(256, description="images that initialize ActNorm")
+    init_images: Count = Field(
+        256, description="images that initialize ActNorm, all at once over all processes"
+    )
     precision: Literal["float32", "bf16", "float64"] = Field(
         "float32", description="of the networks; flow arithmetic is never below float32"
     )
@@ -172,7 +179,7 @@ class Samples(Section):
 
     every: Count = Field(100_000, description="images between two grids")
     count: Count = Field(64, description="images of a grid")
-    temperature: Annotated[float, Field(ge=0)] = Field(
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.7, description="scale of the latents; 1 samples the model itself"
     )
 

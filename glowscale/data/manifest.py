@@ -12,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from glowscale.errors import UserError
-from glowscale.files import sha256_of, write_atomically
+from glowscale.files import write_atomically
 
 FORMAT = "glowscale shards 1"
 MANIFEST = "manifest.json"
@@ -99,14 +99,22 @@ def load_manifest(folder: Path) -> Manifest:
 
 def save_offsets(folder: Path, offsets: list[int]) -> str:
     """Write where every sample starts in its shard; return the file's hash."""
-    save_file({"offsets": np.array(offsets, dtype=np.int64)}, folder / OFFSETS)
-    return sha256_of(folder / OFFSETS)
+    data = save({"offsets": np.array(offsets, dtype=np.int64)})
+    write_atomically(folder / OFFSETS, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def load_offset(folder: Path, sample: int) -> int:
-    """Byte at which the sample with this id starts in its shard; reads no other offset."""
-    with safe_open(folder / OFFSETS, "numpy") as file:
-        return int(file.get_slice("offsets")[sample : sample + 1][0])
+    """Byte at which the sample with this id starts in its shard; reads no other offset.
+
+    Raises:
+        DataError: if the file of offsets is missing or damaged.
+    """
+    try:
+        with safe_open(folder / OFFSETS, "numpy") as file:
+            return int(file.get_slice("offsets")[sample : sample + 1][0])
+    except (OSError, SafetensorError, IndexError) as error:
+        raise DataError(f"{folder / OFFSETS} cannot be read ({error}); pack again.") from error
 
 
 class Fingerprint:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import webdataset
 from torch import Tensor
 
 from glowscale.data.images import decode_image
@@ -56,7 +55,7 @@ class ShardSet:
         path = self.folder / entry.name
         offset = load_offset(self.folder, int(self.manifest.starts[shard]) + start) if start else 0
         try:
-            file = webdataset.gopen(str(path), "rb", bufsize=READ_BYTES)
+            file = path.open("rb", buffering=READ_BYTES)
         except FileNotFoundError:
             raise DataError(f"{path} is missing, but {self.folder}'s manifest lists it.") from None
         with file:

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ class Split:
     """A named part of a source; samples are made one at a time, when asked for."""
 
     name: str
+    origin: str
+    """What it is a split of, in words; a folder is only ever packed from one origin."""
     image_shape: tuple[int, int, int]
     grey_levels: int
     classes: tuple[str, ...]
@@ -59,7 +62,8 @@ def digits(held_out: int = 297) -> list[Split]:
             index = indices[i]
             return Sample(keys[index], images[index], int(data.target[index]))
 
-        return Split(name, (1, 8, 8), 17, tuple("0123456789"), len(indices), sample)
+        origin = f"scikit-learn's digits, {held_out} held out"
+        return Split(name, origin, (1, 8, 8), 17, tuple("0123456789"), len(indices), sample)
 
     return [split("train", train), split("test", test)]
 
@@ -105,27 +109,29 @@ def _idx_split(path: Path, prefix: str, name: str) -> Split:
     labels = _read_idx(path, f"{prefix}-labels-idx1-ubyte", 1)
     if len(images) != len(labels):
         raise DataError(f"{path} has {len(images)} {prefix} images but {len(labels)} labels.")
-    classes = tuple(str(label) for label in range(int(labels.max()) + 1))
+    classes = tuple(str(label) for label in range(max(labels.tolist(), default=-1) + 1))
 
     def sample(i: int) -> Sample:
         return Sample(f"{name}-{i:05d}", images[i][None], int(labels[i]))
 
-    return Split(name, (1, *images.shape[1:]), 256, classes, len(images), sample)
+    shape = (1, images.shape[1], images.shape[2])
+    return Split(name, f"IDX files {prefix}", shape, 256, classes, len(images), sample)
 
 
 def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
     """An IDX file (magic number, sizes, bytes) as a uint8 array of so many dimensions."""
     plain, zipped = folder / name, folder / f"{name}.gz"
-    if plain.is_file():
-        data = plain.read_bytes()
-    elif zipped.is_file():
-        data = gzip.decompress(zipped.read_bytes())
-    else:
+    path = plain if plain.is_file() else zipped
+    if not path.is_file():
         raise DataError(f"{folder} has neither {name} nor {name}.gz.")
+    try:
+        data = path.read_bytes() if path == plain else gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged: {error}.") from error
     head = 4 + 4 * dimensions
     if data[:4] != bytes([0, 0, IDX_UNSIGNED_BYTE, dimensions]):
-        raise DataError(f"{folder / name} is no IDX file of {dimensions}-d unsigned bytes.")
+        raise DataError(f"{path} is no IDX file of {dimensions}-d unsigned bytes.")
     shape = [int.from_bytes(data[at : at + 4], "big") for at in range(4, head, 4)]
     if len(data) != head + int(np.prod(shape)):
-        raise DataError(f"{folder / name} is truncated: {len(data)} bytes for the shape {shape}.")
+        raise DataError(f"{path} is truncated: {len(data)} bytes for the shape {shape}.")
     return np.frombuffer(data, np.uint8, offset=head).reshape(shape)

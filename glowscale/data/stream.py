@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from glowscale.data.manifest import DataError
 from glowscale.data.shards import Batch, ShardSet, cat_batches
 from glowscale.data.tar import RawSample
+from glowscale.errors import UserError
 from glowscale.randomness import generator
 
 
@@ -119,10 +120,10 @@ class LaneReader:
         return result
 
 
-class _LaneSlices(IterableDataset[Batch]):
+class _LaneSlices(IterableDataset[Batch | UserError]):
     """Endless slices of the global batches: `per_lane` samples of every lane in each.
 
-    A DataLoader's worker yields those of its own part of the lanes.
+    A DataLoader's worker yields those of its own part of the lanes, or what is wrong with them.
     """
 
     def __init__(
@@ -133,14 +134,17 @@ class _LaneSlices(IterableDataset[Batch]):
         self.position = position
         self.per_lane = per_lane
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | UserError]:
         info = get_worker_info()
         part = self.parts[info.id if info else 0]
         lanes = [self.reader.read(lane, self.position) for lane in part]
-        while True:
-            rows = [next(lane) for lane in lanes for _ in range(self.per_lane)]
-            samples, ids, epochs = zip(*rows, strict=True)
-            yield self.reader.shards.decode(list(samples), list(ids), list(epochs))
+        try:
+            while True:
+                rows = [next(lane) for lane in lanes for _ in range(self.per_lane)]
+                samples, ids, epochs = zip(*rows, strict=True)
+                yield self.reader.shards.decode(list(samples), list(ids), list(epochs))
+        except UserError as error:  # raised, it would reach the user as a worker's traceback
+            yield error
 
 
 def training_stream(
@@ -202,7 +206,12 @@ def check_lanes(lanes: int, batch: int, world_size: int) -> None:
         )
 
 
-def _joined(slices: Iterator[Batch], parts: int) -> Iterator[Batch]:
+def _joined(slices: Iterator[Batch | UserError], parts: int) -> Iterator[Batch]:
     """Join the workers' slices; the loader yields them in turn, worker by worker."""
     while True:
-        yield cat_batches([next(slices) for _ in range(parts)])
+        joined: list[Batch] = []
+        for part in (next(slices) for _ in range(parts)):
+            if isinstance(part, UserError):
+                raise part
+            joined.append(part)
+        yield cat_batches(joined)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from glowscale.data.images import encode_png
 from glowscale.data.manifest import (
     MANIFEST,
+    DataError,
     Fingerprint,
     Manifest,
     Shard,
@@ -18,8 +19,10 @@ from glowscale.data.manifest import (
 )
 from glowscale.data.sources import Sample, Split
 from glowscale.data.tar import read_samples
-from glowscale.files import TEMPORARY, sha256_of, sync
+from glowscale.files import TEMPORARY, claim_folder, sha256_of, sync
 from glowscale.randomness import generator
+
+NOTE = "packing.json"
 
 
 def pack(splits: Iterable[Split], folder: Path, shard_size: int, seed: int = 0) -> list[Manifest]:
@@ -35,16 +38,20 @@ def pack_split(split: Split, folder: Path, shard_size: int, seed: int = 0) -> Ma
 
     Args:
         split: what to pack.
-        folder: where; made if need be. A folder with a manifest is complete and left alone.
+        folder: where; made if need be. One that is complete already is left alone.
         shard_size: samples a shard.
         seed: seed of the order.
 
     Raises:
-        ValueError: for a pixel that is not below the split's number of grey levels.
+        ClaimError: if the folder holds something else.
+        DataError: for no images, or a pixel that is not below the number of grey levels.
     """
+    if not split.size:
+        raise DataError(f"The split {split.name!r} of {split.origin} has no images.")
+    job = {"origin": split.origin, "shard_size": shard_size, "seed": seed}
+    claim_folder(folder, NOTE, job)
     if (folder / MANIFEST).exists():
         return load_manifest(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     order = range(split.size)
     if split.name == "train":
         order = generator(seed, "pack", split.name).permutation(split.size).tolist()
@@ -84,7 +91,8 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, list[int]
             label = {} if sample.label is None else {"cls": str(sample.label).encode()}
             writer.write({"__key__": sample.key, "png": encode_png(sample.image), **label})
         writer.close()
-        sync(partial)
+        file.flush()
+        os.fsync(file.fileno())
     with partial.open("rb") as written:
         offsets = [sample.offset for sample in read_samples(written, path.name)]
     shard = Shard(path.name, len(offsets), partial.stat().st_size, sha256_of(partial))
@@ -95,7 +103,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, list[int]
 
 def _check_pixels(sample: Sample, split: Split) -> None:
     if sample.image.shape != split.image_shape or sample.image.max() >= split.grey_levels:
-        raise ValueError(
+        raise DataError(
             f"Image {sample.key!r} of shape {sample.image.shape} with values up to "
             f"{sample.image.max()} does not fit {split.image_shape} with {split.grey_levels} "
             f"grey levels."

@@ -38,9 +38,13 @@ def _dequantizer(
     config: Mapping[str, Any], image_shape: tuple[int, int, int], grey_levels: int
 ) -> Dequantizer:
     arguments = dict(config)
-    if arguments.pop("kind") == "uniform":
-        return UniformDequantizer()
-    return VariationalDequantizer(image_shape, grey_levels, **arguments)
+    match arguments.pop("kind"):
+        case "uniform":
+            return UniformDequantizer(**arguments)
+        case "variational":
+            return VariationalDequantizer(image_shape, grey_levels, **arguments)
+        case kind:
+            raise ValueError(f"There is no dequantization {kind!r}, only uniform, variational.")
 
 
 def _preprocessing(config: Mapping[str, Any], grey_levels: int) -> Bijection:

@@ -1,19 +1,22 @@
 """Glow: every level squeezes, then repeats ActNorm, 1×1 convolution and coupling."""
 
+from torch import nn
+
 from glowscale.bijections import (
-    ActNorm,
     AdditiveCoupling,
     AffineCoupling,
     Bijection,
     Coupling,
-    Invertible1x1Conv,
+    FlowStep,
     Sequential,
     Squeeze,
 )
-from glowscale.bijections.matrices import MATRICES
 from glowscale.dequantization import Dequantizer
 from glowscale.models.multiscale import MultiscaleFlow
 from glowscale.networks import ConvolutionalNetwork
+
+COUPLINGS: dict[str, type[Coupling]] = {"affine": AffineCoupling, "additive": AdditiveCoupling}
+"""Couplings by the name that a config gives them."""
 
 
 def glow(
@@ -58,25 +61,22 @@ def glow(
             f"sides divisible by {2**levels}."
         )
 
-    def make_coupling(channels: int) -> Coupling:
+    def make_step(channels: int) -> FlowStep:
         kept = channels // 2
-        kind = AdditiveCoupling if coupling == "additive" else AffineCoupling
-        out_channels = kind.parameters_per_channel * (channels - kept)
+        out_channels = COUPLINGS[coupling].parameters_per_channel * (channels - kept)
         network = ConvolutionalNetwork(kept, out_channels, hidden_channels)
-        return (
-            AdditiveCoupling(network) if coupling == "additive" else AffineCoupling(network, scale)
-        )
+        return FlowStep(channels, make_coupling(coupling, network, scale), matrix)
 
     def make_level(channels: int) -> Bijection:
-        steps: list[Bijection] = [Squeeze()]
-        for _ in range(depth):
-            steps += [
-                ActNorm(channels),
-                Invertible1x1Conv(MATRICES[matrix](channels)),
-                make_coupling(channels),
-            ]
-        return Sequential(steps)
+        return Sequential([Squeeze(), *(make_step(channels) for _ in range(depth))])
 
     # A squeeze makes four channels of one and a split keeps half of them.
     flows = [make_level(4 * channels * 2**level) for level in range(levels)]
     return MultiscaleFlow(image_shape, grey_levels, dequantizer, preprocessing, flows)
+
+
+def make_coupling(kind: str, network: nn.Module, scale: str) -> Coupling:
+    """A coupling of `COUPLINGS` over a network; `scale` matters to the affine one alone."""
+    if kind == "affine":
+        return AffineCoupling(network, scale)
+    return COUPLINGS[kind](network)

@@ -103,6 +103,11 @@ class MultiscaleFlow(nn.Module):
         channels, height, width = self.image_shape
         return channels * height * width
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.prior.mean.device
+
     def forward(
         self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None
     ) -> FlowOutput:

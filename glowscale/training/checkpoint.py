@@ -6,6 +6,7 @@ the digest of the checkpoint's manifest, moves; older ones go last. Nothing is e
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ POINTER = "latest.json"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TENSORS = ("model", "ema", "optimizer")
+NAME = re.compile(r"images-\d{12}")
+"""Names of checkpoints; they sort by age."""
 
 
 class CheckpointError(UserError):
@@ -48,12 +51,13 @@ class Checkpoint:
 
 def save_checkpoint(
     folder: Path,
-    name: str,
+    images: int,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint `folder/name`, move the pointer to it, then prune to `keep`."""
+    """Write the checkpoint after `images` images, move the pointer to it, prune to `keep`."""
+    name = f"images-{images:012d}"
     partial = folder / (name + TEMPORARY)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -103,7 +107,11 @@ def read_checkpoint(path: Path, parts: tuple[str, ...] = TENSORS) -> Checkpoint:
 
 
 def find_checkpoint(run: Path) -> Path:
-    """The checkpoint that a user means by a run folder or a checkpoint's own; CheckpointError."""
+    """The checkpoint that a user means by a run's folder or a checkpoint's own.
+
+    Raises:
+        CheckpointError: if it is neither.
+    """
     if (run / MANIFEST).is_file():
         return run
     pointed = _read_pointer(run / "checkpoints")
@@ -145,7 +153,11 @@ def load_model(run: Path, weights: str = "ema") -> tuple[MultiscaleFlow, Checkpo
 
 
 def load_tensors(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict strictly, keeping the model's memory layout; CheckpointError."""
+    """Load a state dict strictly, keeping the model's memory layout.
+
+    Raises:
+        CheckpointError: if a tensor is missing, unknown or of another shape.
+    """
     expected = model.state_dict()
     wrong = sorted(
         key
@@ -164,17 +176,21 @@ def _read_manifest(path: Path) -> dict[str, str]:
     manifest = path / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(f"The checkpoint {path} lacks its file {MANIFEST}.")
-    pointed = _read_pointer(path.parent)
+    try:
+        pointed = _read_pointer(path.parent)
+    except CheckpointError as error:  # then it cannot vouch for any; the manifests still do
+        print(f"WARNING: {error}", file=sys.stderr)
+        pointed = {}
     if path.name == pointed.get("name") and sha256_of(manifest) != pointed.get("manifest_sha256"):
         raise CheckpointError(f"{manifest} is damaged: its hash is not the pointer's.")
     try:
         content = json.loads(manifest.read_bytes())
-        found, files = content["format"], dict(content["files"])
+        found = content["format"]
+        if found == FORMAT:
+            return dict(content["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest} is damaged: {error!r}.") from error
-    if found != FORMAT:
-        raise CheckpointError(f"{manifest} has the format {found!r}, not {FORMAT!r}.")
-    return files
+    raise CheckpointError(f"{manifest} has the format {found!r}, not {FORMAT!r}.")
 
 
 def _read_pointer(folder: Path) -> dict[str, str]:
@@ -198,8 +214,7 @@ def _prune(folder: Path, newest: Path, keep: int) -> None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """Finished checkpoints, newest first; their names sort by age."""
+    """Finished checkpoints, newest first; folders of other names are the user's own."""
     if not folder.is_dir():
         return []
-    paths = [p for p in folder.iterdir() if p.is_dir() and p.suffix != TEMPORARY]
-    return sorted(paths, reverse=True)
+    return sorted((p for p in folder.iterdir() if NAME.fullmatch(p.name)), reverse=True)

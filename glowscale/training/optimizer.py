@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from glowscale.training.checkpoint import CheckpointError
+
 
 def build_optimizer(
     model: nn.Module,
@@ -17,7 +19,7 @@ def build_optimizer(
     """Adamax or AdamW over a model's parameters; only convolution weights decay.
 
     Decaying the scales, biases and 1×1 matrices of the bijections would pull the density
-    itself towards a fixed one.
+    itself towards a fixed one. The decay is AdamW's (decoupled), and L2 under Adamax.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -25,9 +27,12 @@ def build_optimizer(
         {"params": [p for p in parameters if p.dim() != 4], "weight_decay": 0.0},
     ]
     betas = (beta1, beta2)
-    if kind == "adamax":
-        return torch.optim.Adamax(groups, lr=lr, betas=betas, foreach=True)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    match kind:
+        case "adamax":
+            return torch.optim.Adamax(groups, lr=lr, betas=betas, foreach=True)
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    raise ValueError(f"There is no optimizer {kind!r}, only adamax, adamw.")
 
 
 def learning_rate(
@@ -45,6 +50,8 @@ def learning_rate(
         return lr * images / warmup_images
     if decay == "constant":
         return lr
+    if decay != "cosine":
+        raise ValueError(f"There is no decay {decay!r}, only constant, cosine.")
     progress = min(1.0, (images - warmup_images) / max(1, total - warmup_images))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return lr * (final_factor + (1 - final_factor) * cosine)
@@ -62,11 +69,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave, in each parameter's memory layout and device."""
+    """Put back what `optimizer_tensors` gave, in each parameter's memory layout and device.
+
+    Raises:
+        CheckpointError: if it is the state of other parameters than the model's.
+    """
     parameters = dict(model.named_parameters())
+    names = {key.rpartition(".")[0] for key in tensors}
+    if tensors and names != parameters.keys():
+        wrong = min(names ^ parameters.keys())
+        raise CheckpointError(f"The optimizer's state does not fit the model at {wrong!r}.")
     for key, value in tensors.items():
         name, _, quantity = key.rpartition(".")
         parameter = parameters[name]
         if value.shape == parameter.shape:
             value = torch.empty_like(parameter, dtype=value.dtype).detach().copy_(value)
+        elif optimizer.defaults.get("fused"):  # which counts its steps on the device
+            value = value.to(parameter.device)
         optimizer.state[parameter][quantity] = value

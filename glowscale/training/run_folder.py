@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from glowscale.config import Config, ConfigError, differences
-from glowscale.files import write_atomically
+from glowscale.files import sync, write_atomically
 
 FREE_KEYS = (
     "run.dir",
@@ -46,7 +46,7 @@ class RunFolder:
         content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         write_atomically(self.path / "config.yaml", content.encode())
 
-    def log(self, kind: str, images: int, **values: float) -> None:
+    def log(self, kind: str, images: int, **values: float | None) -> None:
         """Append a line of metrics, which holds no times, and one of times beside it."""
         _append(self.metrics, {"kind": kind, "images": images, **values})
         seconds = round(time.perf_counter() - self._started, 3)
@@ -65,6 +65,11 @@ class RunFolder:
             # A line that a kill cut short has no line end.
             kept = [x for x in lines if x.endswith("\n") and json.loads(x)["images"] <= images]
             write_atomically(self.metrics, "".join(kept).encode())
+
+    def sync(self) -> None:
+        """Make the metrics durable, before a checkpoint that covers them."""
+        if self.metrics.exists():
+            sync(self.metrics)
 
 
 def refuse_changed_config(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The training loop: draw a global batch, update, and at set counts of images look and save."""
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -13,27 +14,18 @@ from tqdm import tqdm
 from glowscale.bijections import initializing
 from glowscale.config import Config, ConfigError
 from glowscale.data import Batch, ShardSet, check_lanes, training_stream
-from glowscale.distributed import sum_over_ranks
+from glowscale.distributed import refuse_disagreement, sum_over_ranks
 from glowscale.errors import UserError
 from glowscale.evaluation import Evaluation, bits_per_dim, check_fits, evaluate
+from glowscale.jobs import say
 from glowscale.models import MultiscaleFlow, build_model
 from glowscale.pictures import save_curves
 from glowscale.randomness import derived_seed
 from glowscale.sampling import save_preview
-from glowscale.training.checkpoint import (
-    Checkpoint,
-    load_tensors,
-    resume_checkpoint,
-    save_checkpoint,
-)
-from glowscale.training.ema import EMA
-from glowscale.training.optimizer import (
-    build_optimizer,
-    learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from glowscale.training.checkpoint import Checkpoint, resume_checkpoint, save_checkpoint
+from glowscale.training.optimizer import build_optimizer, learning_rate
 from glowscale.training.run_folder import RunFolder, refuse_changed_config
+from glowscale.training.state import TrainingState
 
 
 class NonFiniteError(UserError):
@@ -50,6 +42,7 @@ class Trainer:
     Raises:
         ConfigError: where the config and the processes, or an earlier start's config, disagree.
         DataError: where the data are missing or are not what the model is for.
+        CheckpointError: where there are checkpoints but none can be read.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
@@ -57,81 +50,90 @@ class Trainer:
         self.accelerator = accelerator
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
+        if (config.train.precision == "bf16") != (accelerator.mixed_precision == "bf16"):
+            raise ConfigError(
+                f"train.precision is {config.train.precision!r}, but Accelerate was started with "
+                f"mixed_precision={accelerator.mixed_precision!r}; see start_accelerator."
+            )
         check_lanes(config.data.lanes, config.train.batch, self.world_size)
         self.train_shards = ShardSet(config.data.dir / config.data.train_split)
         self.held_out_shards = ShardSet(config.data.dir / config.data.held_out_split)
         self.folder = RunFolder(config.run.dir)
-        self.model = self._build_model()
-        check_fits(self.model, self.held_out_shards)
-        self.images = 0
-        self.window = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-        self.optimizer = build_optimizer(self.model, **config.train.optimizer.model_dump())
-        self._resume_or_initialize()
-        self.parallel_model = accelerator.prepare(self.model)
+        model = self._build_model()
+        check_fits(model, self.held_out_shards)
+        self.state = self._resume(model) or self._begin(model)
+        self.parallel_model = accelerator.prepare(model)
 
     def train(self) -> Evaluation:
-        """Train to `train.images`; return the averaged weights' held-out bits/dim."""
-        batches = self._stream(self.images)
+        """Train to `train.images`; return the averaged weights' held-out bits/dim.
+
+        Raises:
+            NonFiniteError: if the loss or its gradient blows up; that is never saved.
+        """
+        config = self.config
+        batches = self._stream(self.state.images, config.train.batch, config.data.workers)
         with self._progress() as progress:
-            while self.images < self.config.train.images:
+            while self.state.images < config.train.images:
                 gradient_norm = self.update(next(batches))
-                progress.update(self.config.train.batch)
+                progress.update(config.train.batch)
                 self._look_and_save(gradient_norm, progress)
         return self._finish()
 
     def update(self, batch: Batch) -> Tensor:
         """One step on this process's part of a global batch; return the gradient's norm.
 
-        The loss is the sum of bits/dim over the global batch, divided by its number of images;
-        DDP averages gradients over the processes, hence the factor `world_size`.
+        The loss is the sum of bits/dim (and the model's penalties, if any) over the global batch,
+        divided by its number of images; DDP averages gradients over the processes, hence the
+        factor `world_size`.
         """
-        settings = self.config.train
+        settings, state = self.config.train, self.state
         parts = _micro_batches(batch, settings.micro_batch)
         weight = self.world_size / settings.batch
-        total = torch.zeros((), dtype=torch.float64, device=self.window.device)
+        total = torch.zeros((), dtype=torch.float64, device=state.window.device)
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.parallel_model):
-                bits = self._bits_per_dim(part).sum()
-                self.accelerator.backward(bits * weight)
+                bits, penalty = self._score(part)
+                self.accelerator.backward((bits + penalty) * weight)
             total += bits.detach()
-        self.images += settings.batch
+        state.images += settings.batch
         norm = self._step()
-        self.ema.update(self.model, settings.batch, self.images)
+        state.ema.update(state.model, settings.batch, state.images)
         seen = torch.full_like(total, settings.batch)
-        self.window += torch.stack([sum_over_ranks(total), seen])
+        state.window += torch.stack([sum_over_ranks(total), seen, ~norm.isfinite()])
         return norm
 
-    def _bits_per_dim(self, batch: Batch) -> Tensor:
-        """Bits/dim (B,) of a part of a batch, with the noise of its samples' ids and epochs."""
+    def _score(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sums of bits/dim and of penalties, under the noise of the samples' ids and epochs."""
         seed = self.config.run.seed
         rows = zip(batch.epochs.tolist(), batch.ids.tolist(), strict=True)
-        noise = self.model.draw_noise((seed, "dequantization", *row) for row in rows)
+        noise = self.state.model.draw_noise((seed, "dequantization", *row) for row in rows)
         device = self.accelerator.device
         images, noise = (x.to(device, non_blocking=True) for x in (batch.images, noise))
         output = self.parallel_model(images, None, noise)
-        return bits_per_dim(output.log_prob, self.model.dimensions)
+        bits = bits_per_dim(output.log_prob, self.state.model.dimensions).sum()
+        return bits, sum((x.sum() for x in output.penalties.values()), torch.zeros_like(bits))
 
     def _step(self) -> Tensor:
         """Clip, set the learning rate, update the weights."""
         settings = self.config.train
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(
-                self.model.parameters(), settings.clip, norm, foreach=True
+                self.state.model.parameters(), settings.clip, norm, foreach=True
             )
-        for group in self.optimizer.param_groups:
+        for group in self.state.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         # Neither optimizer nor schedule is prepared: Accelerate would step them by its own count.
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _learning_rate(self) -> float:
         settings = self.config.train
         return learning_rate(
-            self.images,
+            self.state.images,
             settings.images,
             settings.optimizer.lr,
             **settings.schedule.model_dump(),
@@ -142,35 +144,51 @@ class Trainer:
         if self._due(self.config.log.every):
             self._log(gradient_norm, progress)
         if self._due(self.config.evaluate.every):
-            self._evaluate(self.config.evaluate.images, progress)
+            self._log_evaluation(progress)
         if self._due(self.config.samples.every) and self.is_main:
-            self._save_samples(f"samples/{self.images:012d}.png")
+            self._save_samples(f"samples/{self.state.images:012d}.png")
         if self._due(self.config.checkpoint.every):
-            self._save()
+            self._save(self.state)
 
     def _due(self, every: int) -> bool:
         """Whether this batch crossed a multiple of `every`, or was the last."""
-        crossed = self.images // every > (self.images - self.config.train.batch) // every
-        return crossed or self.images >= self.config.train.images
+        images, settings = self.state.images, self.config.train
+        crossed = images // every > (images - settings.batch) // every
+        return crossed or images >= settings.images
 
     def _log(self, gradient_norm: Tensor, progress: "tqdm[Any]") -> None:
-        bits, images = self.window.tolist()
-        self._refuse_non_finite()
-        self.window.zero_()
+        self._refuse_non_finite(self.state)
+        bits, images, _ = self.state.window.tolist()
+        self.state.window.zero_()
         progress.set_postfix_str(f"{bits / images:.3f} bits/dim")
         if self.is_main:
             self.folder.log(
                 "train",
-                self.images,
+                self.state.images,
                 bits_per_dim=bits / images,
                 gradient_norm=float(gradient_norm),
                 learning_rate=self._learning_rate(),
             )
 
-    def _evaluate(self, images: int | None, progress: "tqdm[Any] | None" = None) -> Evaluation:
+    def _log_evaluation(self, progress: "tqdm[Any]") -> None:
+        result = self.evaluate(self.config.evaluate.images)
+        if self.is_main:
+            progress.write(f"{self.state.images:,} images: {result}", file=sys.stderr)
+            self.folder.log(
+                "held_out",
+                self.state.images,
+                bits_per_dim=result.bits_per_dim,
+                standard_error=result.standard_error,
+                reconstruction_error=result.reconstruction_error,
+            )
+            save_curves(self.folder.read_metrics(), self.folder.path / "curves.png")
+
+    def evaluate(self, images: int | None = None) -> Evaluation:
+        """Bits/dim of the averaged weights on the first so many held-out images, or on all."""
+        self._refuse_non_finite(self.state)
         settings = self.config.evaluate
-        result = evaluate(
-            self.ema.model,
+        return evaluate(
+            self.state.ema.model,
             self.held_out_shards,
             seed=self.config.run.seed,
             batch=settings.batch,
@@ -179,21 +197,10 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
         )
-        if progress is not None and self.is_main:
-            progress.write(f"{self.images:,} images: {result}", file=sys.stderr)
-            self.folder.log(
-                "held_out",
-                self.images,
-                bits_per_dim=result.bits_per_dim,
-                standard_error=result.standard_error,
-                reconstruction_error=result.reconstruction_error,
-            )
-            save_curves(self.folder.read_metrics(), self.folder.path / "curves.png")
-        return result
 
     def _finish(self) -> Evaluation:
         """The figure over all held-out images, and the last pictures."""
-        result = self._evaluate(None)
+        result = self.evaluate()
         if self.is_main:
             self._save_samples("samples.png")
             save_curves(self.folder.read_metrics(), self.folder.path / "curves.png")
@@ -203,7 +210,7 @@ class Trainer:
     def _save_samples(self, name: str) -> None:
         settings = self.config.samples
         save_preview(
-            self.ema.model,
+            self.state.ema.model,
             self.folder.path / name,
             settings.count,
             self.config.run.seed,
@@ -225,102 +232,103 @@ class Trainer:
             model.double()
         return model.to(self.accelerator.device).to(memory_format=torch.channels_last)
 
-    def _resume_or_initialize(self) -> None:
+    def _resume(self, model: MultiscaleFlow) -> TrainingState | None:
+        """The state of the newest checkpoint, or None in a folder without one."""
         checkpoint = resume_checkpoint(self.folder.checkpoints)
-        self.accelerator.wait_for_everyone()  # all have looked before anyone writes
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        # All have looked before anyone writes.
+        refuse_disagreement("checkpoints", checkpoint.digest if checkpoint else "none")
+        if checkpoint is None:
+            return None
+        self._refuse_another_run(checkpoint)
+        state = self._make_state(model)
+        state.restore(checkpoint)
         if self.is_main:
             self.folder.open(self.config)
-            self.folder.rewind(self.images if checkpoint else -1)
-        if checkpoint is None:
-            self._initialize()
+            self.folder.rewind(state.images)
+            say(f"resumed at {state.images:,} images from {checkpoint.path}")
+        return state
 
-    def _initialize(self) -> None:
-        """ActNorm from the first images of the stream, the averages, and checkpoint 0."""
-        settings = self.config.train
-        batch = next(self._stream(0, settings.init_images))
-        with torch.no_grad(), initializing(self.model, sum_over_ranks):
-            noise = self._initial_noise(batch)
-            self.model(batch.images.to(self.accelerator.device), None, noise)
-        self.ema = EMA(self.model, settings.ema_images)
-        self._save()
-
-    def _initial_noise(self, batch: Batch) -> Tensor:
+    def _begin(self, model: MultiscaleFlow) -> TrainingState:
+        """Initialize ActNorm from the stream's first images; the state that checkpoint 0 holds."""
+        batch = next(self._stream(0, self.config.train.init_images, workers=0))
         seed = self.config.run.seed
-        noise = self.model.draw_noise((seed, "initialization", i) for i in batch.ids.tolist())
-        return noise.to(self.accelerator.device)
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        """Continue where a checkpoint stands."""
-        state = checkpoint.state
-        refuse_changed_config(state["config"], self.config.model_dump(mode="json"))
-        fingerprint = self.train_shards.manifest.fingerprint
-        if state["fingerprint"] != fingerprint:
-            raise ConfigError(
-                f"The run was trained on the data {state['fingerprint'][:8]}, but "
-                f"{self.train_shards.folder} holds {fingerprint[:8]}; set data.dir to the former."
-            )
-        path = checkpoint.path
-        load_tensors(self.model, checkpoint.tensors["model"], path / "model.safetensors")
-        self.ema = EMA(self.model, self.config.train.ema_images)
-        load_tensors(self.ema.model, checkpoint.tensors["ema"], path / "ema.safetensors")
-        load_optimizer_tensors(self.optimizer, self.model, checkpoint.tensors["optimizer"])
-        self.images = state["images"]
-        self.window += torch.tensor(state["window"], dtype=torch.float64)
-
-    def _save(self) -> None:
-        """Write a checkpoint; all ranks call it, the main one writes."""
-        self._refuse_non_finite()
+        noise = model.draw_noise((seed, "initialization", i) for i in batch.ids.tolist())
+        with torch.no_grad(), initializing(model, sum_over_ranks):
+            model(batch.images.to(model.device), None, noise.to(model.device))
+        state = self._make_state(model)
         if self.is_main:
+            self.folder.open(self.config)
+            self.folder.rewind(-1)
+        self._save(state)
+        return state
+
+    def _make_state(self, model: MultiscaleFlow) -> TrainingState:
+        settings = self.config.train
+        optimizer = build_optimizer(model, **settings.optimizer.model_dump())
+        return TrainingState(model, optimizer, settings.ema_images)
+
+    def _refuse_another_run(self, checkpoint: Checkpoint) -> None:
+        """Refuse to continue a run of another config or other data; ConfigError."""
+        refuse_changed_config(checkpoint.state["config"], self.config.model_dump(mode="json"))
+        before = checkpoint.state["fingerprint"]
+        now = self.train_shards.manifest.fingerprint
+        if before != now:
+            raise ConfigError(
+                f"The run was trained on the data {before[:8]}, but {self.train_shards.folder} "
+                f"holds {now[:8]}; set data.dir to the former."
+            )
+
+    def _save(self, state: TrainingState) -> None:
+        """Write a checkpoint; all ranks call it, the main one writes."""
+        self._refuse_non_finite(state)
+        if self.is_main:
+            self.folder.sync()
             manifest = self.train_shards.manifest
-            state = {
-                "images": self.images,  # the stream's cursor
-                "window": self.window.tolist(),
+            description = {
+                **state.counters(),
                 "config": self.config.model_dump(mode="json"),
                 "image_shape": manifest.image_shape,
                 "grey_levels": manifest.grey_levels,
                 "fingerprint": manifest.fingerprint,
                 "memory_format": "channels_last",
             }
-            tensors = {
-                "model": self.model.state_dict(),
-                "ema": self.ema.model.state_dict(),
-                "optimizer": optimizer_tensors(self.optimizer, self.model),
-            }
-            name = f"images-{self.images:012d}"
             save_checkpoint(
-                self.folder.checkpoints, name, tensors, state, self.config.checkpoint.keep
+                self.folder.checkpoints,
+                state.images,
+                state.tensors(),
+                description,
+                self.config.checkpoint.keep,
             )
         self.accelerator.wait_for_everyone()
 
-    def _refuse_non_finite(self) -> None:
-        bits = float(self.window[0])
-        if not torch.isfinite(self.window[0]):
+    def _refuse_non_finite(self, state: TrainingState) -> None:
+        bits, images, broken = state.window.tolist()
+        if broken or not math.isfinite(bits):
             raise NonFiniteError(
-                f"The loss became {bits} within {int(self.window[1]):,} images before image "
-                f"{self.images:,}; lower train.optimizer.lr, raise train.schedule.warmup_images, "
-                f"or set train.clip. The checkpoints in {self.folder.checkpoints} are from before."
+                f"The loss or its gradient became infinite or no number ({bits / images:.3g} "
+                f"bits/dim) within {int(images):,} images before image {state.images:,}; lower "
+                f"train.optimizer.lr, raise train.schedule.warmup_images, or set train.clip. The "
+                f"checkpoints in {self.folder.checkpoints} are from before."
             )
 
-    def _stream(self, cursor: int, batch: int | None = None) -> Iterator[Batch]:
+    def _stream(self, cursor: int, batch: int, workers: int) -> Iterator[Batch]:
         data = self.config.data
         return training_stream(
             self.train_shards,
             seed=self.config.run.seed,
             lanes=data.lanes,
-            batch=batch or self.config.train.batch,
+            batch=batch,
             shuffle_block=data.shuffle_block,
             cursor=cursor,
             rank=self.rank,
             world_size=self.world_size,
-            workers=0 if batch else data.workers,
+            workers=workers,
         )
 
     def _progress(self) -> "tqdm[Any]":
         return tqdm(
             total=self.config.train.images,
-            initial=self.images,
+            initial=self.state.images,
             desc="training",
             unit="img",
             unit_scale=True,

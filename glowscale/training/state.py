@@ -1,0 +1,55 @@
+"""The state of a training: everything that updates change, and so all that a checkpoint holds."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glowscale.models import MultiscaleFlow
+from glowscale.training.checkpoint import Checkpoint, load_tensors
+from glowscale.training.ema import EMA
+from glowscale.training.optimizer import load_optimizer_tensors, optimizer_tensors
+
+
+class TrainingState:
+    """Weights, averaged weights, optimizer, the cursor, and the metrics' open window.
+
+    The learning rate and all randomness are functions of the cursor, so they need no state.
+
+    Args:
+        model: on its device, its ActNorms initialized; the averages begin as its copy.
+        optimizer: of the model's parameters.
+        ema_images: horizon of the averages, see `EMA`.
+    """
+
+    def __init__(
+        self, model: MultiscaleFlow, optimizer: torch.optim.Optimizer, ema_images: int
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.ema = EMA(model, ema_images)
+        self.images = 0
+        """Images of the stream that have been trained on: its cursor."""
+        self.window = torch.zeros(3, dtype=torch.float64, device=model.device)
+        """Since the last line of metrics: bits/dim, images, updates whose norm was not finite."""
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue where a checkpoint stands; raises CheckpointError if it does not fit."""
+        path, tensors = checkpoint.path, checkpoint.tensors
+        load_tensors(self.model, tensors["model"], path / "model.safetensors")
+        load_tensors(self.ema.model, tensors["ema"], path / "ema.safetensors")
+        load_optimizer_tensors(self.optimizer, self.model, tensors["optimizer"])
+        self.images = checkpoint.state["images"]
+        self.window.copy_(torch.tensor(checkpoint.state["window"], dtype=torch.float64))
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint, by part."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self.model),
+        }
+
+    def counters(self) -> dict[str, Any]:
+        """The numbers of a checkpoint."""
+        return {"images": self.images, "window": self.window.tolist()}
