@@ -1,6 +1,8 @@
 """The processes of a job: starting them through Accelerate, and sums over them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -50,6 +52,28 @@ def refuse_disagreement(what: str, value: str) -> None:
         raise LaunchError(
             f"The processes see different {what} ({seen}); do they share the folder?"
         )
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Run the body on all processes; where it fails on one of them, it fails on every one.
+
+    So the others never wait for a process that is gone. For what a single one does, such as
+    writing files; the body itself must not wait for other processes.
+
+    Raises:
+        UserError: with the message of the first process that failed.
+    """
+    failure: UserError | OSError | None = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        failure = error
+    messages: list[str] = gather_object([str(failure) if failure else ""])
+    if failure:
+        raise failure
+    if first := next(filter(None, messages), ""):
+        raise UserError(first)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -5,17 +5,21 @@ python pipelines/train.py CONFIG [dotted.key=value ...], alone or under `acceler
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+import yaml
 from accelerate import Accelerator
 
 from glowscale.config import Config, describe, load_config
+from glowscale.data import load_manifest, open_source
 from glowscale.data.manifest import MANIFEST
-from glowscale.data.sources import open_source
+from glowscale.data.sources import Split
 from glowscale.data.writer import pack
-from glowscale.distributed import start_accelerator
+from glowscale.distributed import failing_together, start_accelerator
 from glowscale.evaluation import histogram_bits_per_dim
 from glowscale.jobs import job, report, say
 from glowscale.training import Trainer
+from glowscale.training.plan import describe_plan, plan
 
 
 def main() -> None:
@@ -23,6 +27,13 @@ def main() -> None:
     arguments = parse_arguments()
     with job():
         config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            facts = plan_run(config)
+            say(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            say(describe_plan(facts))
+            if arguments.json:
+                report(facts)
+            return
         accelerator = start_accelerator(config.train.precision)
         pack_if_missing(config, accelerator)
         trainer = Trainer(config, accelerator)
@@ -39,12 +50,36 @@ def main() -> None:
 
 def pack_if_missing(config: Config, accelerator: Accelerator) -> None:
     """Let the main process pack the config's source where the training split is not there."""
-    data = config.data
-    with accelerator.main_process_first():
-        missing = not (data.dir / data.train_split / MANIFEST).exists()
-        if data.source is not None and missing and accelerator.is_main_process:
-            source = data.source.model_dump()
-            pack(open_source(source.pop("kind"), source), data.dir, data.shard_size)
+    with failing_together():
+        if accelerator.is_main_process and config.data.source and not is_packed(config):
+            pack(source_splits(config), config.data.dir, config.data.shard_size)
+
+
+def is_packed(config: Config) -> bool:
+    """Whether the training split is there."""
+    return (config.data.dir / config.data.train_split / MANIFEST).exists()
+
+
+def source_splits(config: Config) -> list[Split]:
+    """The splits of the config's source."""
+    arguments = config.data.source.model_dump() if config.data.source else {}
+    return open_source(arguments.pop("kind"), arguments)
+
+
+def plan_run(config: Config) -> dict[str, Any]:
+    """What the run would take, from the packed data or, before packing, from their source."""
+    if config.data.source and not is_packed(config):
+        splits = {split.name: split for split in source_splits(config)}
+        split = splits[config.data.train_split]
+        return plan(config, split.image_shape, split.grey_levels, len(split.classes), split.size)
+    manifest = load_manifest(config.data.dir / config.data.train_split)
+    return plan(
+        config,
+        manifest.image_shape,
+        manifest.grey_levels,
+        len(manifest.classes),
+        manifest.samples,
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,8 +91,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("config", type=Path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", help="dotted.key=value, the value in YAML")
+    parser.add_argument("--dry-run", action="store_true", help="tell what it would take, and stop")
     parser.add_argument("--json", action="store_true", help="end with a JSON object on stdout")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":

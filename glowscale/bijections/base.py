@@ -1,6 +1,7 @@
 """What every bijection is: `forward` maps data to latent and measures it, `inverse` undoes it."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -82,6 +83,8 @@ def soft_clamp(x: Tensor, bound: float) -> Tensor:
     return bound * torch.tanh(x / bound)
 
 
-def full_precision(x: Tensor) -> torch.autocast:
-    """A context in which autocast leaves flow arithmetic on x's device alone."""
-    return torch.autocast(device_type=x.device.type, enabled=False)
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast, where x's device has it, leaves flow arithmetic alone."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()

@@ -8,7 +8,10 @@ from typing import Any
 import yaml
 
 from glowscale.config import Config, ConfigError, differences
+from glowscale.data import Manifest
 from glowscale.files import sync, write_atomically
+from glowscale.training.checkpoint import Checkpoint, resume_checkpoint, save_checkpoint
+from glowscale.training.state import TrainingState
 
 FREE_KEYS = (
     "run.dir",
@@ -30,21 +33,58 @@ class RunFolder:
     """Paths and files of a run. Only the main process writes.
 
     Args:
-        path: the folder.
+        config: the run; its `run.dir` is the folder.
+        manifest: the training data.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.metrics = path / "metrics.jsonl"
-        self.times = path / "times.jsonl"
+    def __init__(self, config: Config, manifest: Manifest) -> None:
+        self.config = config
+        self.manifest = manifest
+        self.path = config.run.dir
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.times = self.path / "times.jsonl"
         self._started = time.perf_counter()
 
-    def open(self, config: Config) -> None:
-        """Make the folder and save the resolved config."""
+    def open(self, images: int) -> None:
+        """Make the folder, save the resolved config, drop metrics from after `images`."""
         (self.path / "samples").mkdir(parents=True, exist_ok=True)
-        content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        content = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         write_atomically(self.path / "config.yaml", content.encode())
+        self._rewind(images)
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies, or None where there never was one.
+
+        Raises:
+            ConfigError: if it is of a run with another config or other data.
+            CheckpointError: if there are checkpoints but none verifies.
+        """
+        checkpoint = resume_checkpoint(self.checkpoints)
+        if checkpoint is not None:
+            _refuse_changed_config(checkpoint.state["config"], self.config.model_dump(mode="json"))
+            self._refuse_other_data(checkpoint.state["fingerprint"])
+        return checkpoint
+
+    def save(self, state: TrainingState) -> None:
+        """Write a checkpoint, from which alone the model can be built, and prune older ones."""
+        if self.metrics.exists():
+            sync(self.metrics)  # a checkpoint covers its metrics
+        description = {
+            "config": self.config.model_dump(mode="json"),
+            "image_shape": self.manifest.image_shape,
+            "grey_levels": self.manifest.grey_levels,
+            "classes": self.manifest.classes,
+            "fingerprint": self.manifest.fingerprint,
+            "memory_format": "channels_last",
+        }
+        save_checkpoint(
+            self.checkpoints,
+            state.images,
+            state.tensors(),
+            {**state.counters(), **description},
+            self.config.checkpoint.keep,
+        )
 
     def log(self, kind: str, images: int, **values: float | None) -> None:
         """Append a line of metrics, which holds no times, and one of times beside it."""
@@ -58,7 +98,7 @@ class RunFolder:
             return []
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
-    def rewind(self, images: int) -> None:
+    def _rewind(self, images: int) -> None:
         """Drop metrics of work that a kill has undone, so that they read as never interrupted."""
         if self.metrics.exists():
             lines = self.metrics.read_text().splitlines(keepends=True)
@@ -66,13 +106,16 @@ class RunFolder:
             kept = [x for x in lines if x.endswith("\n") and json.loads(x)["images"] <= images]
             write_atomically(self.metrics, "".join(kept).encode())
 
-    def sync(self) -> None:
-        """Make the metrics durable, before a checkpoint that covers them."""
-        if self.metrics.exists():
-            sync(self.metrics)
+    def _refuse_other_data(self, fingerprint: str) -> None:
+        if fingerprint != self.manifest.fingerprint:
+            raise ConfigError(
+                f"The run in {self.path} was trained on the data {fingerprint[:8]}, but data.dir "
+                f"({self.config.data.dir}) holds {self.manifest.fingerprint[:8]}; restore it, or "
+                f"choose another run.dir."
+            )
 
 
-def refuse_changed_config(old: dict[str, Any], new: dict[str, Any]) -> None:
+def _refuse_changed_config(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Refuse to resume under a config that would make it another run; ConfigError."""
     for key, (before, now) in differences(old, new).items():
         if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS):

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -14,17 +14,23 @@ from tqdm import tqdm
 from glowscale.bijections import initializing
 from glowscale.config import Config, ConfigError
 from glowscale.data import Batch, ShardSet, check_lanes, training_stream
-from glowscale.distributed import refuse_disagreement, sum_over_ranks
+from glowscale.distributed import failing_together, refuse_disagreement, sum_over_ranks
 from glowscale.errors import UserError
-from glowscale.evaluation import Evaluation, bits_per_dim, check_fits, evaluate
+from glowscale.evaluation import (
+    Evaluation,
+    bits_per_dim,
+    check_fits,
+    evaluate,
+    refuse_unlabelled,
+)
 from glowscale.jobs import say
 from glowscale.models import MultiscaleFlow, build_model
 from glowscale.pictures import save_curves
 from glowscale.randomness import derived_seed
 from glowscale.sampling import save_preview
-from glowscale.training.checkpoint import Checkpoint, resume_checkpoint, save_checkpoint
+from glowscale.training.lock import RunLock
 from glowscale.training.optimizer import build_optimizer, learning_rate
-from glowscale.training.run_folder import RunFolder, refuse_changed_config
+from glowscale.training.run_folder import RunFolder
 from glowscale.training.state import TrainingState
 
 
@@ -43,6 +49,7 @@ class Trainer:
         ConfigError: where the config and the processes, or an earlier start's config, disagree.
         DataError: where the data are missing or are not what the model is for.
         CheckpointError: where there are checkpoints but none can be read.
+        LockedError: where another trainer works in the run folder.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator) -> None:
@@ -58,10 +65,15 @@ class Trainer:
         check_lanes(config.data.lanes, config.train.batch, self.world_size)
         self.train_shards = ShardSet(config.data.dir / config.data.train_split)
         self.held_out_shards = ShardSet(config.data.dir / config.data.held_out_split)
-        self.folder = RunFolder(config.run.dir)
+        self.folder = RunFolder(config, self.train_shards.manifest)
         model = self._build_model()
         check_fits(model, self.held_out_shards)
-        self.state = self._resume(model) or self._begin(model)
+        with ExitStack() as held:
+            with failing_together():
+                if self.is_main:
+                    held.callback(RunLock(config.run.dir).release)
+            self.state = self._resume(model) or self._begin(model)
+            self._held = held.pop_all()
         self.parallel_model = accelerator.prepare(model)
 
     def train(self) -> Evaluation:
@@ -72,12 +84,12 @@ class Trainer:
         """
         config = self.config
         batches = self._stream(self.state.images, config.train.batch, config.data.workers)
-        with self._progress() as progress:
+        with self._held, self._progress() as progress:
             while self.state.images < config.train.images:
                 gradient_norm = self.update(next(batches))
                 progress.update(config.train.batch)
                 self._look_and_save(gradient_norm, progress)
-        return self._finish()
+            return self._finish()
 
     def update(self, batch: Batch) -> Tensor:
         """One step on this process's part of a global batch; return the gradient's norm.
@@ -108,9 +120,11 @@ class Trainer:
         seed = self.config.run.seed
         rows = zip(batch.epochs.tolist(), batch.ids.tolist(), strict=True)
         noise = self.state.model.draw_noise((seed, "dequantization", *row) for row in rows)
-        device = self.accelerator.device
-        images, noise = (x.to(device, non_blocking=True) for x in (batch.images, noise))
-        output = self.parallel_model(images, None, noise)
+        refuse_unlabelled(self.state.model, batch)
+        inputs = (batch.images, batch.labels, noise)
+        output = self.parallel_model(
+            *(x.to(self.accelerator.device, non_blocking=True) for x in inputs)
+        )
         bits = bits_per_dim(output.log_prob, self.state.model.dimensions).sum()
         return bits, sum((x.sum() for x in output.penalties.values()), torch.zeros_like(bits))
 
@@ -222,7 +236,10 @@ class Trainer:
         torch.manual_seed(derived_seed(self.config.run.seed, "weights") % 2**63)
         try:
             model = build_model(
-                self.config.model.model_dump(), manifest.image_shape, manifest.grey_levels
+                self.config.model.model_dump(),
+                manifest.image_shape,
+                manifest.grey_levels,
+                len(manifest.classes),
             )
         except ValueError as error:
             raise ConfigError(
@@ -234,31 +251,30 @@ class Trainer:
 
     def _resume(self, model: MultiscaleFlow) -> TrainingState | None:
         """The state of the newest checkpoint, or None in a folder without one."""
-        checkpoint = resume_checkpoint(self.folder.checkpoints)
+        checkpoint = self.folder.newest_checkpoint()
         # All have looked before anyone writes.
         refuse_disagreement("checkpoints", checkpoint.digest if checkpoint else "none")
         if checkpoint is None:
             return None
-        self._refuse_another_run(checkpoint)
         state = self._make_state(model)
         state.restore(checkpoint)
         if self.is_main:
-            self.folder.open(self.config)
-            self.folder.rewind(state.images)
+            self.folder.open(state.images)
             say(f"resumed at {state.images:,} images from {checkpoint.path}")
         return state
 
     def _begin(self, model: MultiscaleFlow) -> TrainingState:
         """Initialize ActNorm from the stream's first images; the state that checkpoint 0 holds."""
         batch = next(self._stream(0, self.config.train.init_images, workers=0))
+        refuse_unlabelled(model, batch)
         seed = self.config.run.seed
         noise = model.draw_noise((seed, "initialization", i) for i in batch.ids.tolist())
         with torch.no_grad(), initializing(model, sum_over_ranks):
-            model(batch.images.to(model.device), None, noise.to(model.device))
+            model(*(x.to(model.device) for x in (batch.images, batch.labels, noise)))
         state = self._make_state(model)
-        if self.is_main:
-            self.folder.open(self.config)
-            self.folder.rewind(-1)
+        with failing_together():
+            if self.is_main:
+                self.folder.open(-1)
         self._save(state)
         return state
 
@@ -267,39 +283,12 @@ class Trainer:
         optimizer = build_optimizer(model, **settings.optimizer.model_dump())
         return TrainingState(model, optimizer, settings.ema_images)
 
-    def _refuse_another_run(self, checkpoint: Checkpoint) -> None:
-        """Refuse to continue a run of another config or other data; ConfigError."""
-        refuse_changed_config(checkpoint.state["config"], self.config.model_dump(mode="json"))
-        before = checkpoint.state["fingerprint"]
-        now = self.train_shards.manifest.fingerprint
-        if before != now:
-            raise ConfigError(
-                f"The run was trained on the data {before[:8]}, but {self.train_shards.folder} "
-                f"holds {now[:8]}; set data.dir to the former."
-            )
-
     def _save(self, state: TrainingState) -> None:
         """Write a checkpoint; all ranks call it, the main one writes."""
         self._refuse_non_finite(state)
-        if self.is_main:
-            self.folder.sync()
-            manifest = self.train_shards.manifest
-            description = {
-                **state.counters(),
-                "config": self.config.model_dump(mode="json"),
-                "image_shape": manifest.image_shape,
-                "grey_levels": manifest.grey_levels,
-                "fingerprint": manifest.fingerprint,
-                "memory_format": "channels_last",
-            }
-            save_checkpoint(
-                self.folder.checkpoints,
-                state.images,
-                state.tensors(),
-                description,
-                self.config.checkpoint.keep,
-            )
-        self.accelerator.wait_for_everyone()
+        with failing_together():
+            if self.is_main:
+                self.folder.save(state)
 
     def _refuse_non_finite(self, state: TrainingState) -> None:
         bits, images, broken = state.window.tolist()

@@ -1,0 +1,126 @@
+"""The lock of a run folder: one trainer at a time, and a dead one's lock is recognised."""
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from glowscale.errors import UserError
+
+LOCK = "lock.json"
+BEAT_SECONDS = 5.0
+STALE_SECONDS = 30.0
+START_TOLERANCE = 2.0
+
+
+class LockedError(UserError):
+    """A run folder in which another trainer works; the message names both."""
+
+
+class RunLock:
+    """Holds a run folder's lock from construction to `release`, or to the process's end.
+
+    The lock names host, process and the process's start. On the holder's own host a dead
+    process is recognised at once; elsewhere by its heartbeat, the lock's modification time,
+    which the holder renews every few seconds.
+
+    Args:
+        folder: the run folder; made if need be.
+        stale_seconds: for so long a lock of another host must stand still to be taken over.
+
+    Raises:
+        LockedError: if another trainer holds it.
+    """
+
+    def __init__(self, folder: Path, stale_seconds: float = STALE_SECONDS) -> None:
+        self.path = folder / LOCK
+        self.identity = {
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "started": _start_of(os.getpid()),
+            "token": uuid.uuid4().hex,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        while not self._take():
+            self._remove_if_dead(stale_seconds)
+        self._released = threading.Event()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._released.set()
+        if _read(self.path).get("token") == self.identity["token"]:
+            self.path.unlink(missing_ok=True)
+
+    def _take(self) -> bool:
+        """Create the lock whole, or fail because there is one."""
+        partial = self.path.with_name(f"{LOCK}.{self.identity['token']}")
+        partial.write_text(json.dumps(self.identity))
+        try:
+            os.link(partial, self.path)  # fails where the name exists, also over NFS
+        except FileExistsError:
+            return False
+        finally:
+            partial.unlink()
+        return True
+
+    def _remove_if_dead(self, stale_seconds: float) -> None:
+        holder = _read(self.path)
+        if holder and not self._is_dead(holder, stale_seconds):
+            raise LockedError(
+                f"{self.path.parent} is being trained in by process {holder['process']} on "
+                f"{holder['host']}; wait for it, end it, or choose another run.dir."
+            )
+        aside = self.path.with_name(f"{LOCK}.{uuid.uuid4().hex}")
+        with suppress(FileNotFoundError):  # somebody else was quicker
+            self.path.rename(aside)
+            if _read(aside).get("token") != holder.get("token"):  # and it is a live one's now
+                with suppress(FileExistsError):
+                    os.link(aside, self.path)
+            aside.unlink()
+
+    def _is_dead(self, holder: dict[str, Any], stale_seconds: float) -> bool:
+        if holder["host"] == self.identity["host"]:
+            # The clock's corrections may move a start by a little, as seen by another process.
+            return abs(_start_of(holder["process"]) - holder["started"]) > START_TOLERANCE
+        before, deadline = _modified(self.path), time.monotonic() + stale_seconds
+        while time.monotonic() < deadline:
+            if _modified(self.path) != before:
+                return False
+            time.sleep(min(1.0, stale_seconds / 10))
+        return True
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            with suppress(OSError):
+                os.utime(self.path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A lock's content; empty where there is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return {}
+
+
+def _modified(path: Path) -> int:
+    with suppress(FileNotFoundError):
+        return path.stat().st_mtime_ns
+    return 0
+
+
+def _start_of(process: int) -> float:
+    """When a process of this host started, in seconds; 0 if it is dead. Tells reused ids apart."""
+    try:
+        found = psutil.Process(process)
+        return 0.0 if found.status() == psutil.STATUS_ZOMBIE else float(found.create_time())
+    except psutil.NoSuchProcess:
+        return 0.0
