@@ -42,13 +42,24 @@ class IdxSource(Section):
     path: FilePath = Field(description="folder of the IDX files, gzipped or not")
 
 
+class FolderSource(Section):
+    """A tree of image files."""
+
+    kind: Literal["folder"] = Field(description="a tree of image files; class = sub-folder")
+    path: FilePath = Field(description="the tree")
+    resolution: Count = Field(description="side of the squares that images are cropped to")
+    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="part held out, by key")
+    channels: Literal[1, 3] = Field(3, description="1 for grey, 3 for colour")
+
+
+Source = Annotated[DigitsSource | FolderSource | IdxSource, Field(discriminator="kind")]
+
+
 class Data(Section):
     """The images and how they are read."""
 
     dir: FilePath = Field(description="folder of the packed splits, made by make_shards.py")
-    source: Annotated[DigitsSource | IdxSource, Field(discriminator="kind")] | None = Field(
-        None, description="what to pack into `dir` if nothing is there"
-    )
+    source: Source | None = Field(None, description="what to pack into `dir` if it is not there")
     shard_size: Count = Field(10_000, description="images a shard when packing")
     train_split: str = Field("train", description="split to train on")
     held_out_split: str = Field("test", description="split to evaluate on")
@@ -98,6 +109,9 @@ class Glow(Section):
     levels: Count = Field(description="scales; the image's sides must be divisible by 2^levels")
     depth: Count = Field(description="flow steps per level")
     hidden_channels: Count = Field(description="width of the couplings' networks")
+    class_channels: Annotated[int, Field(ge=0)] = Field(
+        0, description="features of the class that couplings and top prior read; 0 ignores classes"
+    )
     coupling: Literal["affine", "additive"] = Field("affine", description="kind of coupling")
     scale: Literal["tanh", "sigmoid", "exponential"] = Field(
         "tanh", description="how an affine coupling bounds its scale; exponential does not"

@@ -80,7 +80,7 @@ class ShardSet:
             image.copy_(self._image(sample))
         return Batch(
             images=images,
-            labels=torch.tensor([int(s.files.get("cls", b"-1")) for s in samples]),
+            labels=torch.tensor([self._label(sample) for sample in samples]),
             ids=torch.tensor(ids),
             epochs=torch.tensor(epochs),
         )
@@ -96,6 +96,18 @@ class ShardSet:
                 break
             samples += self.read(shard, max(start, low) - low, min(stop, high) - low)
         return self.decode(samples, list(range(start, stop)), [0] * len(samples))
+
+    def _label(self, sample: RawSample) -> int:
+        """The sample's class, -1 if it has none."""
+        if "cls" not in sample.files:
+            return -1
+        text, classes = sample.files["cls"].decode(errors="replace"), len(self.manifest.classes)
+        if not text.isdecimal() or int(text) >= classes:
+            raise DataError(
+                f"sample {sample.key!r} in {self.folder} has the label {text!r}; it must be a "
+                f"number below {classes}."
+            )
+        return int(text)
 
     def _image(self, sample: RawSample) -> Tensor:
         where = f"sample {sample.key!r} in {self.folder}"

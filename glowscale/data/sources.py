@@ -3,16 +3,20 @@
 import gzip
 import hashlib
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from glowscale.data.manifest import DataError
 
 IDX_UNSIGNED_BYTE = 8
+
+
+class UnreadableError(DataError):
+    """An image that cannot be read; packing counts it, names it and goes on without it."""
 
 
 class Sample(NamedTuple):
@@ -37,7 +41,7 @@ class Split:
     classes: tuple[str, ...]
     size: int
     sample: Callable[[int], Sample]
-    """The i-th sample, 0 ≤ i < size."""
+    """The i-th sample, 0 ≤ i < size; raises UnreadableError where it cannot be read."""
 
 
 def digits(held_out: int = 297) -> list[Split]:
@@ -79,15 +83,6 @@ def idx(path: Path) -> list[Split]:
         DataError: if a file is missing or is no IDX file of unsigned bytes.
     """
     return [_idx_split(path, "train", "train"), _idx_split(path, "t10k", "test")]
-
-
-SOURCES: dict[str, Callable[..., list[Split]]] = {"digits": digits, "idx": idx}
-"""Sources by the name that a config or make_shards.py gives them."""
-
-
-def open_source(kind: str, arguments: Mapping[str, Any]) -> list[Split]:
-    """The splits of a source."""
-    return SOURCES[kind](**arguments)
 
 
 def hold_out(keys: Sequence[str], count: int) -> tuple[list[int], list[int]]:

@@ -1,8 +1,11 @@
 """Packing a source into WebDataset shards with a manifest."""
 
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import webdataset
 from tqdm import tqdm
@@ -17,7 +20,7 @@ from glowscale.data.manifest import (
     load_manifest,
     save_offsets,
 )
-from glowscale.data.sources import Sample, Split
+from glowscale.data.sources import Sample, Split, UnreadableError
 from glowscale.data.tar import read_samples
 from glowscale.files import TEMPORARY, claim_folder, sha256_of, sync
 from glowscale.randomness import generator
@@ -25,12 +28,16 @@ from glowscale.randomness import generator
 NOTE = "packing.json"
 
 
-def pack(splits: Iterable[Split], folder: Path, shard_size: int, seed: int = 0) -> list[Manifest]:
+def pack(
+    splits: Iterable[Split], folder: Path, shard_size: int, seed: int = 0, workers: int = 1
+) -> list[Manifest]:
     """Pack every split into its folder below `folder`; what is already packed is left alone."""
-    return [pack_split(split, folder / split.name, shard_size, seed) for split in splits]
+    return [pack_split(split, folder / split.name, shard_size, seed, workers) for split in splits]
 
 
-def pack_split(split: Split, folder: Path, shard_size: int, seed: int = 0) -> Manifest:
+def pack_split(
+    split: Split, folder: Path, shard_size: int, seed: int = 0, workers: int = 1
+) -> Manifest:
     """Pack a split into `folder/shard-000000.tar ...`; the manifest comes last.
 
     The training split is packed in a seeded random order, for shards sorted by class would
@@ -41,6 +48,7 @@ def pack_split(split: Split, folder: Path, shard_size: int, seed: int = 0) -> Ma
         folder: where; made if need be. One that is complete already is left alone.
         shard_size: samples a shard.
         seed: seed of the order.
+        workers: threads that read images.
 
     Raises:
         ClaimError: if the folder holds something else.
@@ -52,13 +60,18 @@ def pack_split(split: Split, folder: Path, shard_size: int, seed: int = 0) -> Ma
     claim_folder(folder, NOTE, job)
     if (folder / MANIFEST).exists():
         return load_manifest(folder)
-    order = range(split.size)
+    order: Sequence[int] = range(split.size)
     if split.name == "train":
         order = generator(seed, "pack", split.name).permutation(split.size).tolist()
     fingerprint, offsets, shards = Fingerprint(), list[int](), list[Shard]()
-    with tqdm(total=split.size, desc=f"packing {split.name}", unit="img") as progress:
+    with (
+        ThreadPoolExecutor(workers) as pool,
+        tqdm(total=split.size, desc=f"packing {split.name}", unit="img") as progress,
+    ):
         for start in range(0, split.size, shard_size):
-            samples = [split.sample(i) for i in order[start : start + shard_size]]
+            samples = read_samples_of(split, order[start : start + shard_size], pool, progress)
+            if not samples:
+                continue
             for sample in samples:
                 _check_pixels(sample, split)
                 fingerprint.add(sample.key, sample.label, sample.image)
@@ -66,7 +79,8 @@ def pack_split(split: Split, folder: Path, shard_size: int, seed: int = 0) -> Ma
             shard, shard_offsets = write_shard(path, samples)
             shards.append(shard)
             offsets += shard_offsets
-            progress.update(len(samples))
+    if not shards:
+        raise DataError(f"No image of the split {split.name!r} of {split.origin} can be read.")
     manifest = Manifest(
         image_shape=split.image_shape,
         grey_levels=split.grey_levels,
@@ -77,6 +91,27 @@ def pack_split(split: Split, folder: Path, shard_size: int, seed: int = 0) -> Ma
     )
     manifest.save(folder)
     return manifest
+
+
+def read_samples_of(
+    split: Split, indices: Sequence[int], pool: ThreadPoolExecutor, progress: "tqdm[Any]"
+) -> list[Sample]:
+    """Samples of a split, in order; those that cannot be read are named on stderr and left out."""
+
+    def read(index: int) -> Sample | UnreadableError:
+        try:
+            return split.sample(index)
+        except UnreadableError as error:
+            return error
+
+    samples = []
+    for result in pool.map(read, indices):
+        if isinstance(result, UnreadableError):
+            progress.write(f"skipped {result}", file=sys.stderr)
+        else:
+            samples.append(result)
+        progress.update()
+    return samples
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, list[int]]:
