@@ -30,6 +30,8 @@ class Evaluation:
 
     bits_per_dim: float
     """Mean over the images; an upper bound in expectation where dequantization is variational."""
+    per_class: dict[str, float]
+    """Mean of each class's images, by its name; empty where images have no labels."""
     standard_error: float | None
     """Of the mean, over the images; None for one image."""
     images: int
@@ -94,7 +96,7 @@ def evaluate(
     count = available if images is None else min(images, available)
     starts = range(0, count, batch)[rank::world_size]
     device = model.device
-    totals = torch.zeros(2, count, dtype=torch.float64, device=device)
+    totals = torch.zeros(3, count, dtype=torch.float64, device=device)
     error = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
@@ -103,16 +105,22 @@ def evaluate(
             block = shards.read_batch(start, min(start + batch, count))
             totals[0, block.ids] += score_block(model, block, seed, importance_samples)
             totals[1, block.ids] += 1
+            totals[2, block.ids] += block.labels.to(device)
             if start == 0:
                 error += reconstruction_error(model, block, seed)
     model.train(was_training)
-    log_prob, scored = sum_over_ranks(totals).cpu()
+    log_prob, scored, labels = sum_over_ranks(totals).cpu()
     if not bool((scored == 1).all()):
         missed = int((scored == 0).sum())
         raise DataError(f"Of {count} images {missed} were not scored, or some were twice.")
     bits = bits_per_dim(log_prob, model.dimensions)
     return Evaluation(
         bits_per_dim=float(bits.mean()),
+        per_class={
+            name: float(bits[labels == label].mean())
+            for label, name in enumerate(shards.manifest.classes)
+            if bool((labels == label).any())
+        },
         standard_error=float(bits.std() / math.sqrt(count)) if count > 1 else None,
         images=count,
         importance_samples=importance_samples,
@@ -130,22 +138,23 @@ def score_block(
 ) -> Tensor:
     """The importance-weighted bound on log p of each image, float64 (B,), in nats."""
     device = model.device
-    images = block.images.to(device)
+    refuse_unlabelled(model, block)
+    images, labels = block.images.to(device), block.labels.to(device)
     total = torch.full((len(images),), -math.inf, dtype=torch.float64, device=device)
     for k in range(importance_samples):
         noise = model.draw_noise(_noise_keys(block, seed, k)).to(device)
-        log_weight = model(images, None, noise).log_prob.double()
+        log_weight = model(images, labels, noise).log_prob.double()
         total = torch.logaddexp(total, log_weight)
     return total - math.log(importance_samples)
 
 
 def reconstruction_error(model: MultiscaleFlow, block: Batch, seed: int) -> Tensor:
     """Largest |decode(encode(x)) − x| over dequantized images x, in grey levels."""
-    parameter = model.prior.mean
-    noise = model.draw_noise(_noise_keys(block, seed, 0)).to(parameter)
-    continuous, _ = model.dequantizer(block.images.to(parameter.device), noise)
-    latents, _ = model.encode(continuous)
-    return (model.decode(latents) - continuous).abs().max().double()
+    noise = model.draw_noise(_noise_keys(block, seed, 0)).to(model.device, model.dtype)
+    images, labels = block.images.to(model.device), block.labels.to(model.device)
+    continuous, _ = model.dequantizer(images, noise)
+    latents, _ = model.encode(continuous, labels)
+    return (model.decode(latents, labels) - continuous).abs().max().double()
 
 
 def histogram_bits_per_dim(
@@ -188,6 +197,22 @@ def check_fits(model: MultiscaleFlow, shards: ShardSet) -> None:
             f"{shards.folder} holds images of shape {found[0]} with {found[1]} grey levels; the "
             f"model is for {model.image_shape} with {model.grey_levels}."
         )
+    if model.classes not in (0, len(manifest.classes)):
+        raise DataError(
+            f"{shards.folder} has {len(manifest.classes)} classes; the model is conditional on "
+            f"{model.classes}."
+        )
+
+
+def refuse_unlabelled(model: MultiscaleFlow, batch: Batch) -> None:
+    """Refuse images without a label where the model is conditional on classes.
+
+    Raises:
+        DataError: if there are any.
+    """
+    if model.classes and bool((batch.labels < 0).any()):
+        index = int(batch.ids[batch.labels < 0][0])
+        raise DataError(f"Image {index} has no label, but the model is conditional on classes.")
 
 
 def _noise_keys(block: Batch, seed: int, k: int) -> Iterator[tuple[int | str, ...]]:

@@ -20,14 +20,26 @@ JOB = "job.json"
 
 @torch.inference_mode()
 def sample_images(
-    model: MultiscaleFlow, seed: int, indices: range, temperature: float = 1.0
+    model: MultiscaleFlow,
+    seed: int,
+    indices: range,
+    temperature: float = 1.0,
+    label: int | None = None,
 ) -> Tensor:
     """The images with these indices, uint8 (B, C, H, W), on the CPU.
+
+    Args:
+        model: what to sample from.
+        seed: with an image's index, it determines the image's noise.
+        indices: which images.
+        temperature: scale of the latents.
+        label: class of a conditional model's images; if not given, they take turns by index.
 
     Raises:
         UserError: if the model blew up, which would else pass for black pixels.
     """
-    images = model.decode(model.draw_latents(seed, indices, temperature))
+    labels = torch.tensor(labels_of(model, indices, label), device=model.device)
+    images = model.decode(model.draw_latents(seed, indices, temperature), labels)
     finite = images.isfinite().flatten(1).all(1).tolist()
     if not all(finite):
         raise UserError(
@@ -37,8 +49,20 @@ def sample_images(
     return model.quantize(images).cpu()
 
 
+def labels_of(model: MultiscaleFlow, indices: range, label: int | None) -> list[int]:
+    """The class of each image: the one given, or in turn; -1 of a model without classes."""
+    if not model.classes:
+        return [-1] * len(indices)
+    return [index % model.classes if label is None else label for index in indices]
+
+
 def sample_blocks(
-    model: MultiscaleFlow, seed: int, indices: range, temperature: float, block: int
+    model: MultiscaleFlow,
+    seed: int,
+    indices: range,
+    temperature: float,
+    block: int,
+    label: int | None = None,
 ) -> Tensor:
     """As `sample_images`, in blocks whose bounds are multiples of `block` whatever is asked for.
 
@@ -46,7 +70,7 @@ def sample_blocks(
     """
     first, last = indices.start // block, -(-indices.stop // block)
     blocks = [
-        sample_images(model, seed, range(b * block, (b + 1) * block), temperature)
+        sample_images(model, seed, range(b * block, (b + 1) * block), temperature, label)
         for b in range(first, last)
     ]
     offset = indices.start - first * block
@@ -61,6 +85,7 @@ def generate(
     seed: int,
     temperature: float,
     identity: dict[str, Any],
+    label: int | None = None,
     shard_size: int = 1000,
     block: int = 50,
     rank: int = 0,
@@ -75,6 +100,7 @@ def generate(
         seed: with an image's index, it determines the image's noise.
         temperature: scale of the latents.
         identity: what else the images depend on; a folder of another job is refused.
+        label: class of a conditional model's images; if not given, they take turns by index.
         shard_size: images a shard.
         block: images that are computed together.
         rank: this process.
@@ -91,6 +117,7 @@ def generate(
         "count": count,
         "seed": seed,
         "temperature": temperature,
+        "label": label,
         "shard_size": shard_size,
         "block": block,
     }
@@ -102,18 +129,25 @@ def generate(
         for path, indices in shards[rank::world_size]:
             if path.exists():
                 continue
-            images = sample_blocks(model, seed, indices, temperature, block).numpy()
-            rows = zip(indices, images, strict=True)
-            write_shard(path, [Sample(f"{i:09d}", image, None) for i, image in rows])
+            images = sample_blocks(model, seed, indices, temperature, block, label).numpy()
+            rows = zip(indices, images, labels_of(model, indices, label), strict=True)
+            samples = [Sample(f"{i:09d}", x, y if y >= 0 else None) for i, x, y in rows]
+            write_shard(path, samples)
             progress.update(len(indices))
     return [path for path, _ in shards]
 
 
 def save_preview(
-    model: MultiscaleFlow, path: Path, count: int, seed: int, temperature: float, block: int = 50
+    model: MultiscaleFlow,
+    path: Path,
+    count: int,
+    seed: int,
+    temperature: float,
+    label: int | None = None,
+    block: int = 50,
 ) -> None:
     """Save a grid of the first `count` images of a job."""
-    images = sample_blocks(model, seed, range(count), temperature, block)
+    images = sample_blocks(model, seed, range(count), temperature, block, label)
     save_grid(images, model.grey_levels, path)
 
 

@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from glowscale.distributed import refuse_disagreement, start_accelerator
+from glowscale.errors import UserError
 from glowscale.jobs import job, positive, report, say
 from glowscale.sampling import generate, save_preview
 from glowscale.training import load_model
@@ -23,6 +24,7 @@ def main() -> None:
         model, checkpoint = load_model(arguments.run, arguments.weights)
         refuse_disagreement("checkpoints", checkpoint.digest)
         model.to(accelerator.device)
+        label = class_label(arguments.class_name, checkpoint.state["classes"], model.classes)
         shards = generate(
             model,
             arguments.out,
@@ -30,6 +32,7 @@ def main() -> None:
             seed=arguments.seed,
             temperature=arguments.temperature,
             identity={"checkpoint": checkpoint.digest, "weights": arguments.weights},
+            label=label,
             shard_size=arguments.shard_size,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
@@ -38,11 +41,22 @@ def main() -> None:
         if accelerator.is_main_process:
             grid = arguments.out / "grid.png"
             count = min(arguments.count, PREVIEW)
-            save_preview(model, grid, count, arguments.seed, arguments.temperature)
+            save_preview(model, grid, count, arguments.seed, arguments.temperature, label)
             say(f"{arguments.count:,} images in {len(shards)} shards; some of them in {grid}")
             if arguments.json:
                 report({"images": arguments.count, "shards": list(map(str, shards))})
         accelerator.end_training()
+
+
+def class_label(name: str | None, names: list[str], classes: int) -> int | None:
+    """The label of a class given by its name; raises UserError if the model has no such class."""
+    if name is None:
+        return None
+    if not classes:
+        raise UserError("--class is given, but the model is not conditional on classes.")
+    if name not in names:
+        raise UserError(f"The model has no class {name!r}; it has {', '.join(names)}.")
+    return names.index(name)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--temperature", type=float, default=1.0, help="scale of the latents")
+    parser.add_argument("--class", dest="class_name", metavar="NAME", help="only images of it")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema")
     parser.add_argument("--shard-size", type=positive, default=1000, help="images a shard")
     parser.add_argument("--json", action="store_true", help="end with a JSON object on stdout")

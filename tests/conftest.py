@@ -13,11 +13,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from glowscale.bijections import ActNorm, AffinePixels, Bijection
+from glowscale.bijections import ActNorm, Bijection
 from glowscale.data.sources import Sample, Split
 from glowscale.data.writer import pack_split
-from glowscale.dequantization import Dequantizer, UniformDequantizer
-from glowscale.models import MultiscaleFlow, glow
+from glowscale.dequantization import Dequantizer
+from glowscale.models import Glow, MultiscaleFlow
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,14 +53,14 @@ def tiny_glow(
     **arguments: Any,  # noqa: ANN401
 ) -> MultiscaleFlow:
     """A small Glow, its parameters off their starting point."""
-    model = glow(
+    model = Glow(
         image_shape,
         grey_levels,
-        dequantizer or UniformDequantizer(),
-        preprocessing or AffinePixels(grey_levels),
         levels=levels,
         depth=depth,
         hidden_channels=hidden_channels,
+        dequantizer=dequantizer,
+        preprocessing=preprocessing,
         **arguments,
     )
     perturb(model, 0.2)

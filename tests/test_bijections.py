@@ -80,6 +80,10 @@ CASES = {
         lambda: AffineCoupling(ConvolutionalNetwork(2, 4, 8, context_channels=3)),
         context=(3, 2, 3),
     ),
+    "affine_class": Case(
+        lambda: AffineCoupling(ConvolutionalNetwork(2, 4, 8, context_channels=3)),
+        context=(3, 1, 1),
+    ),
     "additive": Case(lambda: AdditiveCoupling(ConvolutionalNetwork(2, 2, 8))),
     "squeeze": Case(Squeeze, (3, 4, 2)),
     "unsqueeze": Case(Unsqueeze, (8, 2, 1)),

@@ -13,7 +13,8 @@ from glowscale.data.writer import pack_split
 from glowscale.distributed import start_accelerator
 from glowscale.models import build_model
 from glowscale.training import Trainer
-from tests.conftest import ROOT, random_split
+from glowscale.training.plan import activation_bytes
+from tests.conftest import ROOT, Runner, last_json, random_split, tiny_glow
 
 SHAPES: dict[str, tuple[tuple[int, int, int], int]] = {
     "quickstart": ((1, 8, 8), 17),
@@ -59,6 +60,44 @@ def test_config_takes_one_step_at_full_width(path: Path, tmp_path: Path) -> None
     assert sum(moved) > len(moved) / 3
 
 
+def test_a_dry_run_tells_what_the_quickstart_would_take_and_touches_nothing(
+    tmp_path: Path, run_job: Runner
+) -> None:
+    overrides = [f"run.dir={tmp_path / 'run'}", f"data.dir={tmp_path / 'data'}"]
+    config = ROOT / "configs" / "quickstart.yaml"
+    result = run_job("train.py", config, *overrides, "--dry-run", "--json")
+    facts = last_json(result)
+    model = build_model(load_config(config).model.model_dump(), (1, 8, 8), 17, 10)
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert facts["steps"] == 1000
+    assert facts["epochs"] == 32
+    assert facts["legal_processes"] == [1, 2, 4, 8]
+    assert "hidden_channels: 96" in result.stderr  # the resolved config
+    assert "legal process counts: 1, 2, 4, 8" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plans_activations_are_those_that_autograd_keeps() -> None:
+    model = tiny_glow((1, 8, 8), 16, depth=4, hidden_channels=32)
+    weights = {p.data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    tensors = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            tensors.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    with torch.device("meta"):
+        planned = activation_bytes(tiny_glow((1, 8, 8), 16, depth=4, hidden_channels=32))
+    assert planned == pytest.approx(sum(kept.values()), rel=0.02)
+    hidden = 32 * 16 * 4  # bytes of one hidden layer's output at 4×4
+    assert planned > 4 * 2 * hidden
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_header_states_what_to_expect(path: Path) -> None:
     lines = path.read_text().splitlines()
@@ -72,7 +111,7 @@ def test_cifar10_is_the_papers_architecture() -> None:
     expected = {"levels": 3, "depth": 32, "hidden_channels": 512, "coupling": "affine"}
     assert {key: found[key] for key in expected} == expected
     with torch.device("meta"):
-        model = build_model(found | {"matrix": "plain"}, (3, 32, 32), 256)
+        model = build_model(found | {"matrix": "plain"}, (3, 32, 32), 256, 10)
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters == pytest.approx(44e6, rel=0.01)
 

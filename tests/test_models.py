@@ -12,7 +12,7 @@ from torch import Tensor
 from glowscale.bijections import AffinePixels, LogitPixels, Sequential
 from glowscale.dequantization import UniformDequantizer, VariationalDequantizer
 from glowscale.evaluation import bits_per_dim
-from glowscale.models import MultiscaleFlow, glow
+from glowscale.models import Glow, MultiscaleFlow
 from tests.conftest import perturb, tiny_glow
 
 BINARY = (1, 2, 2)
@@ -81,7 +81,9 @@ def test_a_uniform_model_scores_exactly_the_bits_of_its_levels(grey_levels: int)
     class UniformPrior(MultiscaleFlow):
         """Its preprocessing maps the pixels' range to the unit cube; the density there is 1."""
 
-        def encode(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        def encode(
+            self, images: Tensor, labels: Tensor | None = None
+        ) -> tuple[list[Tensor], Tensor]:
             x, log_det = self.preprocessing(images)
             # log N(0) is added for every dimension; take it away again.
             normaliser = 0.5 * math.log(2 * math.pi) * self.dimensions
@@ -227,9 +229,9 @@ def test_glow_refuses_what_its_levels_do_not_divide() -> None:
     for shape, levels in [((1, 28, 28), 3), ((1, 8, 6), 2), ((3, 2, 2), 2)]:
         sizes = f"{shape[1]}×{shape[2]} cannot be halved {levels} times"
         with pytest.raises(ValueError, match=sizes):
-            glow(shape, 256, UniformDequantizer(), AffinePixels(256), levels=levels, **arguments)
+            Glow(shape, 256, levels=levels, **arguments)
     with pytest.raises(ValueError, match="grey_levels is 300"):
-        glow((1, 8, 8), 300, UniformDequantizer(), AffinePixels(300), levels=1, **arguments)
+        Glow((1, 8, 8), 300, levels=1, **arguments)
 
 
 @pytest.mark.parametrize("dequantization", ["uniform", "variational"])

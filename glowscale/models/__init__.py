@@ -5,17 +5,17 @@ from typing import Any
 
 from glowscale.bijections import AffinePixels, Bijection, LogitPixels
 from glowscale.dequantization import Dequantizer, UniformDequantizer, VariationalDequantizer
-from glowscale.models.glow import glow
+from glowscale.models.glow import Glow
 from glowscale.models.multiscale import FlowOutput, MultiscaleFlow, Split
 
-FAMILIES: dict[str, Callable[..., MultiscaleFlow]] = {"glow": glow}
-"""Assemblies by family; each takes image_shape, grey_levels, dequantizer, preprocessing, ..."""
+FAMILIES: dict[str, Callable[..., MultiscaleFlow]] = {"glow": Glow}
+"""Assemblies by family; each takes the image shape, the grey levels, and its own arguments."""
 
-__all__ = ["FAMILIES", "FlowOutput", "MultiscaleFlow", "Split", "build_model", "glow"]
+__all__ = ["FAMILIES", "FlowOutput", "Glow", "MultiscaleFlow", "Split", "build_model"]
 
 
 def build_model(
-    config: Mapping[str, Any], image_shape: tuple[int, int, int], grey_levels: int
+    config: Mapping[str, Any], image_shape: tuple[int, int, int], grey_levels: int, classes: int
 ) -> MultiscaleFlow:
     """Build the model that the `model` section of a config describes.
 
@@ -23,15 +23,23 @@ def build_model(
         config: `family`, `dequantization`, `preprocessing` and the family's own arguments.
         image_shape: (C, H, W).
         grey_levels: number of values that a pixel takes.
+        classes: number of classes of the data.
 
     Raises:
-        ValueError: where the model cannot have images of this shape.
+        ValueError: where the model cannot have images of this shape, or needs classes.
     """
+    if config["class_channels"] and not classes:
+        raise ValueError("it is to be conditional on classes, but the images have none")
     arguments = dict(config)
     family = FAMILIES[arguments.pop("family")]
-    dequantizer = _dequantizer(arguments.pop("dequantization"), image_shape, grey_levels)
-    preprocessing = _preprocessing(arguments.pop("preprocessing"), grey_levels)
-    return family(image_shape, grey_levels, dequantizer, preprocessing, **arguments)
+    return family(
+        image_shape,
+        grey_levels,
+        classes=classes,
+        dequantizer=_dequantizer(arguments.pop("dequantization"), image_shape, grey_levels),
+        preprocessing=_preprocessing(arguments.pop("preprocessing"), grey_levels),
+        **arguments,
+    )
 
 
 def _dequantizer(

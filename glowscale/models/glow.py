@@ -5,13 +5,14 @@ from torch import nn
 from glowscale.bijections import (
     AdditiveCoupling,
     AffineCoupling,
+    AffinePixels,
     Bijection,
     Coupling,
     FlowStep,
     Sequential,
     Squeeze,
 )
-from glowscale.dequantization import Dequantizer
+from glowscale.dequantization import Dequantizer, UniformDequantizer
 from glowscale.models.multiscale import MultiscaleFlow
 from glowscale.networks import ConvolutionalNetwork
 
@@ -19,64 +20,80 @@ COUPLINGS: dict[str, type[Coupling]] = {"affine": AffineCoupling, "additive": Ad
 """Couplings by the name that a config gives them."""
 
 
-def glow(
-    image_shape: tuple[int, int, int],
-    grey_levels: int,
-    dequantizer: Dequantizer,
-    preprocessing: Bijection,
-    levels: int,
-    depth: int,
-    hidden_channels: int,
-    coupling: str = "affine",
-    scale: str = "tanh",
-    matrix: str = "lu",
-) -> MultiscaleFlow:
-    """Assemble a Glow (Kingma & Dhariwal 2018).
+class Glow(MultiscaleFlow):
+    """A multiscale Glow (Kingma & Dhariwal 2018), for any shape that its levels divide.
 
     Args:
         image_shape: (C, H, W); H and W must be divisible by 2^levels.
         grey_levels: number of values that a pixel takes.
-        dequantizer: makes images continuous.
-        preprocessing: from grey levels to the flow's scale.
         levels: L, the number of scales.
         depth: K, the flow steps of each level.
         hidden_channels: width of the couplings' networks.
         coupling: `affine` or `additive`.
         scale: how an affine coupling bounds its scale, see `AffineCoupling`.
         matrix: parametrization of the 1×1 convolutions, `lu` or `plain`.
+        classes: number of classes that the couplings and the top prior are conditional on.
+        class_channels: features of a class; 0 makes the model unconditional.
+        dequantizer: makes images continuous; uniform if not given.
+        preprocessing: from grey levels to the flow's scale; affine if not given.
 
     Raises:
         ValueError: where the image's sides cannot be halved `levels` times.
 
-    >>> from glowscale.bijections import AffinePixels
-    >>> from glowscale.dequantization import UniformDequantizer
-    >>> model = glow((1, 8, 8), 17, UniformDequantizer(), AffinePixels(17), 2, 1, 16)
+    >>> model = Glow((1, 8, 8), grey_levels=17, levels=2, depth=1, hidden_channels=16)
     >>> model.latent_shapes
     [(2, 4, 4), (8, 2, 2)]
     """
-    channels, height, width = image_shape
-    if height % 2**levels or width % 2**levels:
-        raise ValueError(
-            f"Images of {height}×{width} cannot be halved {levels} times: so many levels need "
-            f"sides divisible by {2**levels}."
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        grey_levels: int,
+        *,
+        levels: int,
+        depth: int,
+        hidden_channels: int,
+        coupling: str = "affine",
+        scale: str = "tanh",
+        matrix: str = "lu",
+        classes: int = 0,
+        class_channels: int = 0,
+        dequantizer: Dequantizer | None = None,
+        preprocessing: Bijection | None = None,
+    ) -> None:
+        channels, height, width = image_shape
+        if height % 2**levels or width % 2**levels:
+            raise ValueError(
+                f"Images of {height}×{width} cannot be halved {levels} times: so many levels need "
+                f"sides divisible by {2**levels}."
+            )
+
+        def make_step(channels: int) -> FlowStep:
+            widths = (channels, hidden_channels, class_channels if classes else 0)
+            return FlowStep(channels, make_coupling(coupling, *widths, scale), matrix)
+
+        def make_level(channels: int) -> Bijection:
+            return Sequential([Squeeze(), *(make_step(channels) for _ in range(depth))])
+
+        super().__init__(
+            image_shape,
+            grey_levels,
+            dequantizer or UniformDequantizer(),
+            preprocessing or AffinePixels(grey_levels),
+            # A squeeze makes four channels of one and a split keeps half of them.
+            [make_level(4 * channels * 2**level) for level in range(levels)],
+            classes if class_channels else 0,
+            class_channels,
         )
 
-    def make_step(channels: int) -> FlowStep:
-        kept = channels // 2
-        out_channels = COUPLINGS[coupling].parameters_per_channel * (channels - kept)
-        network = ConvolutionalNetwork(kept, out_channels, hidden_channels)
-        return FlowStep(channels, make_coupling(coupling, network, scale), matrix)
 
-    def make_level(channels: int) -> Bijection:
-        return Sequential([Squeeze(), *(make_step(channels) for _ in range(depth))])
-
-    # A squeeze makes four channels of one and a split keeps half of them.
-    flows = [make_level(4 * channels * 2**level) for level in range(levels)]
-    return MultiscaleFlow(image_shape, grey_levels, dequantizer, preprocessing, flows)
-
-
-def make_coupling(kind: str, network: nn.Module, scale: str) -> Coupling:
-    """A coupling of `COUPLINGS` over a network; `scale` matters to the affine one alone."""
-    if kind == "affine":
-        return AffineCoupling(network, scale)
-    return COUPLINGS[kind](network)
+def make_coupling(
+    kind: str, channels: int, hidden_channels: int, context_channels: int, scale: str
+) -> Coupling:
+    """A coupling of `channels` with a convolutional network; `scale` matters to affine alone."""
+    kept = channels // 2
+    out_channels = COUPLINGS[kind].parameters_per_channel * (channels - kept)
+    network: nn.Module = ConvolutionalNetwork(
+        kept, out_channels, hidden_channels, context_channels
+    )
+    return AffineCoupling(network, scale) if kind == "affine" else COUPLINGS[kind](network)

@@ -62,7 +62,9 @@ class MultiscaleFlow(nn.Module):
         grey_levels: number of values that a pixel takes, 2 to 256.
         dequantizer: makes images continuous.
         preprocessing: from grey levels to the flow's scale.
-        levels: the bijection of each level.
+        levels: the bijection of each level; its context is the class's features (B, F, 1, 1).
+        classes: number of classes that the model is conditional on; 0 if it is not.
+        class_channels: F, the features of a class, which levels and the top prior read.
 
     Raises:
         ValueError: where a level does not fit the shape that reaches it.
@@ -75,6 +77,8 @@ class MultiscaleFlow(nn.Module):
         dequantizer: Dequantizer,
         preprocessing: Bijection,
         levels: Iterable[Bijection],
+        classes: int = 0,
+        class_channels: int = 0,
     ) -> None:
         super().__init__()
         if not 2 <= grey_levels <= 256:
@@ -95,7 +99,12 @@ class MultiscaleFlow(nn.Module):
                 self.splits.append(split)
                 self.latent_shapes.append(latent_shape)
         self.latent_shapes.append(shape)
-        self.prior = Gaussian(shape[0])
+        self.classes = classes
+        self.class_features: nn.Embedding | None = None
+        self.prior: Bijection = Gaussian(shape[0])
+        if classes:
+            self.class_features = nn.Embedding(classes, class_channels)
+            self.prior = ConditionalGaussian(zero_conv(class_channels, 2 * shape[0], 1))
 
     @property
     def dimensions(self) -> int:
@@ -106,7 +115,12 @@ class MultiscaleFlow(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.prior.mean.device
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights, and so of the flow's arithmetic."""
+        return next(self.parameters()).dtype
 
     def forward(
         self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None
@@ -115,42 +129,53 @@ class MultiscaleFlow(nn.Module):
 
         Args:
             images: integer pixels.
-            labels: classes (B,), for a class-conditional model.
+            labels: classes (B,); a model that is not conditional ignores them.
             noise: the dequantizer's noise (B, C, H, W), of its `noise_kind`; drawn from torch's
                 global generator if not given.
         """
         if noise is None:
             draw = torch.randn if self.dequantizer.noise_kind == "normal" else torch.rand
             noise = draw(images.shape, device=images.device)
-        continuous, log_q = self.dequantizer(images, noise.to(self.prior.mean.dtype))
-        latents, log_det = self.encode(continuous)
+        continuous, log_q = self.dequantizer(images, noise.to(self.dtype))
+        latents, log_det = self.encode(continuous, labels)
         log_prob = log_det - log_q
         for z in latents:
             log_prob = log_prob + standard_normal_log_prob(z)
         return FlowOutput(log_prob, {})
 
-    def encode(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    def encode(self, images: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
         """Map continuous images (B, C, H, W) to every level's latents and the log-det (B,)."""
+        context = self._context(labels)
         x, total = self.preprocessing(images)
         latents = []
         for index, level in enumerate(self.levels):
-            x, log_det = level(x)
+            x, log_det = level(x, context)
             total = total + log_det
             if index < len(self.splits):
                 x, z, log_det = self.splits[index](x)
                 total = total + log_det
                 latents.append(z)
-        z, log_det = self.prior(x)
+        z, log_det = self.prior(x, context)
         return [*latents, z], total + log_det
 
-    def decode(self, latents: Sequence[Tensor]) -> Tensor:
+    def decode(self, latents: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
         """Map latents back to continuous images (B, C, H, W), the exact inverse of `encode`."""
-        x = self.prior.inverse(latents[-1])
+        context = self._context(labels)
+        x = self.prior.inverse(latents[-1], context)
         for index in reversed(range(len(self.levels))):
             if index < len(self.splits):
                 x = self.splits[index].inverse(x, latents[index])
-            x = self.levels[index].inverse(x)
+            x = self.levels[index].inverse(x, context)
         return self.preprocessing.inverse(x)
+
+    def _context(self, labels: Tensor | None) -> Tensor | None:
+        """The classes' features (B, F, 1, 1); raises ValueError where labels are missing."""
+        if self.class_features is None:
+            return None
+        if labels is None:
+            raise ValueError(f"This model is conditional on {self.classes} classes; give labels.")
+        features: Tensor = self.class_features(labels)
+        return features[:, :, None, None]
 
     def draw_noise(self, keys: Iterable[Key]) -> Tensor:
         """The dequantizer's noise (B, C, H, W) on the CPU, row i a function of keys[i]."""
@@ -166,7 +191,7 @@ class MultiscaleFlow(nn.Module):
         """
         sizes = [torch.Size(shape).numel() for shape in self.latent_shapes]
         flat = normal_noise(((seed, "latents", index) for index in indices), (sum(sizes),))
-        flat = (flat * temperature).to(self.prior.mean)
+        flat = (flat * temperature).to(self.device, self.dtype)
         parts = torch.split(flat, sizes, dim=1)
         return [x.view(len(x), *s) for x, s in zip(parts, self.latent_shapes, strict=True)]
 

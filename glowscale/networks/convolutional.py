@@ -35,8 +35,10 @@ class ConvolutionalNetwork(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Map x (B, in_channels, H, W) and context (B, context_channels, H, W)."""
-        return self.layers(x if context is None else torch.cat([x, context], 1))
+        """Map x (B, in_channels, H, W) and context (B, context_channels, H or 1, W or 1)."""
+        if context is not None:
+            x = torch.cat([x, context.expand(-1, -1, *x.shape[2:])], 1)
+        return self.layers(x)
 
 
 class ContextNetwork(nn.Module):

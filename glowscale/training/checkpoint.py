@@ -145,7 +145,9 @@ def load_model(run: Path, weights: str = "ema") -> tuple[MultiscaleFlow, Checkpo
     checkpoint = read_checkpoint(find_checkpoint(run), (weights,))
     state = checkpoint.state
     config = state["config"]
-    model = build_model(config["model"], tuple(state["image_shape"]), state["grey_levels"])
+    model = build_model(
+        config["model"], tuple(state["image_shape"]), state["grey_levels"], len(state["classes"])
+    )
     if config["train"]["precision"] == "float64":
         model.double()
     load_tensors(model, checkpoint.tensors[weights], checkpoint.path / f"{weights}.safetensors")
