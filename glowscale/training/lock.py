@@ -1,5 +1,6 @@
 """The lock of a run folder: one trainer at a time, and a dead one's lock is recognised."""
 
+import fcntl
 import json
 import os
 import socket
@@ -78,13 +79,11 @@ class RunLock:
                 f"{self.path.parent} is being trained in by process {holder['process']} on "
                 f"{holder['host']}; wait for it, end it, or choose another run.dir."
             )
-        aside = self.path.with_name(f"{LOCK}.{uuid.uuid4().hex}")
-        with suppress(FileNotFoundError):  # somebody else was quicker
-            self.path.rename(aside)
-            if _read(aside).get("token") != holder.get("token"):  # and it is a live one's now
-                with suppress(FileExistsError):
-                    os.link(aside, self.path)
-            aside.unlink()
+        # Of several that saw the same dead lock one removes it; a live one's is never removed.
+        with self.path.with_name(f"{LOCK}.takeover").open("w") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            if holder and _read(self.path).get("token") == holder["token"]:
+                self.path.unlink()
 
     def _is_dead(self, holder: dict[str, Any], stale_seconds: float) -> bool:
         if holder["host"] == self.identity["host"]:
