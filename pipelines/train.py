@@ -49,15 +49,16 @@ def main() -> None:
 
 
 def pack_if_missing(config: Config, accelerator: Accelerator) -> None:
-    """Let the main process pack the config's source where the training split is not there."""
+    """Let the main process pack the config's source where a split is not there."""
     with failing_together():
         if accelerator.is_main_process and config.data.source and not is_packed(config):
             pack(source_splits(config), config.data.dir, config.data.shard_size)
 
 
 def is_packed(config: Config) -> bool:
-    """Whether the training split is there."""
-    return (config.data.dir / config.data.train_split / MANIFEST).exists()
+    """Whether both splits are there; a kill may have left one."""
+    splits = (config.data.train_split, config.data.held_out_split)
+    return all((config.data.dir / split / MANIFEST).exists() for split in splits)
 
 
 def source_splits(config: Config) -> list[Split]:

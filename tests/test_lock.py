@@ -47,8 +47,10 @@ def test_a_live_holder_is_named_and_a_killed_one_is_recognised_at_once(tmp_path:
 def test_a_reused_process_number_does_not_hold_a_dead_ones_lock(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     lock.release()
-    (tmp_path / LOCK).write_text(json.dumps(lock.identity | {"started": 1.0}))
-    RunLock(tmp_path).release()
+    (tmp_path / LOCK).write_text(json.dumps(lock.identity | {"started": 1.0, "token": "old"}))
+    taken = RunLock(tmp_path)
+    assert json.loads((tmp_path / LOCK).read_text()) == taken.identity
+    taken.release()
 
 
 def test_another_hosts_lock_counts_by_its_heartbeat(tmp_path: Path) -> None:

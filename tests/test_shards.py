@@ -177,6 +177,10 @@ def test_training_packs_its_source_if_it_is_not_there(
     assert result["images"] == 5
     assert result["image_shape"] == [1, 4, 8]
     assert len(list((tmp_path / "data" / "train").glob("shard-*.tar"))) == 3
+    # A kill between the splits: the one that is missing is packed, the other left alone.
+    (tmp_path / "data" / "test" / "manifest.json").unlink()
+    again = last_json(run_job("train.py", tmp_path / "c.yaml", "--json"))
+    assert again["fingerprint"] == result["fingerprint"]
 
 
 def test_idx_files_that_are_missing_or_damaged_are_named(tmp_path: Path) -> None:
