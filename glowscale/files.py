@@ -24,6 +24,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def append_durably(path: Path, line: bytes) -> None:
+    """Append a line to a file and sync it; a kill may leave half of it, without its line end."""
+    with path.open("ab") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or a folder's list of names, durable."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -43,17 +42,6 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number above 0")
     return int(text)
-
-
-def fraction(text: str) -> float:
-    """A number from 0 up to but not 1, for a command line."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0 and below 1")
-    return number
 
 
 def _sentence(error: Exception) -> str:

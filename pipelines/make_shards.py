@@ -1,57 +1,69 @@
-"""Pack a source's images into WebDataset shards with a manifest, one folder a split."""
+"""Pack a source's images into WebDataset shards with a manifest, one folder a split.
+
+The source `shards` is not packed but indexed where it is. The same command again continues.
+"""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from glowscale.data import open_source
-from glowscale.data.writer import pack
-from glowscale.jobs import fraction, job, positive, report, say
+from glowscale.config import parse_source, sources
+from glowscale.data import Packed, make_shards
+from glowscale.jobs import job, positive, report, say
+
+
+def main() -> None:
+    """Open the source, pack or index its splits, tell what they hold."""
+    options = vars(parse_arguments())
+    kind, out, as_json = (options.pop(key) for key in ("source", "out", "json"))
+    shard_size, seed, workers = (options.pop(key) for key in ("shard_size", "seed", "workers"))
+    with job():
+        given = {name: value for name, value in options.items() if value is not None}
+        packed = make_shards(kind, parse_source(kind, given), out, shard_size, seed, workers)
+        for name, split in packed.items():
+            say(f"{out / name}: {describe(split)}")
+        if as_json:
+            report({name: facts_of(split) for name, split in packed.items()})
+
+
+def describe(split: Packed) -> str:
+    """A split in words."""
+    manifest = split.manifest
+    channels, height, width = manifest.image_shape
+    skipped = f", {split.skipped:,} unreadable ones skipped" if split.skipped else ""
+    return (
+        f"{'already done: ' if split.already else ''}{manifest.samples:,} images of "
+        f"{channels}×{height}×{width} in {len(manifest.shards)} shards, "
+        f"{len(manifest.classes)} classes{skipped}"
+    )
+
+
+def facts_of(split: Packed) -> dict[str, Any]:
+    """A split in numbers."""
+    return {
+        "images": split.manifest.samples,
+        "skipped": split.skipped,
+        "shards": len(split.manifest.shards),
+        "classes": len(split.manifest.classes),
+        "fingerprint": split.manifest.fingerprint,
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line: a sub-command for every source, with the source's own options."""
+    """The command line: a sub-command for every source, with the config keys of the source."""
     parser = argparse.ArgumentParser(description=__doc__)
-    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
-    digits = sources.add_parser("digits", help="scikit-learn's handwritten digits")
-    digits.add_argument("--held-out", type=positive, default=297, help="images of the split test")
-    idx = sources.add_parser("idx", help="IDX files of the MNIST family, gzipped or not")
-    idx.add_argument("--path", type=Path, required=True, help="folder of the IDX files")
-    folder = sources.add_parser("folder", help="a tree of image files; class = sub-folder")
-    folder.add_argument("--path", type=Path, required=True, help="the tree")
-    folder.add_argument("--resolution", type=positive, required=True, help="side of the images")
-    folder.add_argument("--held-out", type=fraction, default=0.1, help="part held out, by key")
-    folder.add_argument("--channels", type=int, choices=[1, 3], default=3, help="grey or colour")
-    for source in (digits, idx, folder):
+    kinds = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    for kind, (meaning, keys) in sources().items():
+        source = kinds.add_parser(kind, help=meaning, description=meaning)
         source.add_argument("out", type=Path, help="folder of the splits")
+        for key, (text, required) in keys.items():
+            option = f"--{key.replace('_', '-')}"
+            source.add_argument(option, dest=key, required=required, help=text, metavar="VALUE")
         source.add_argument("--shard-size", type=positive, default=10_000, help="images a shard")
         source.add_argument("--seed", type=int, default=0, help="seed of the packing order")
         source.add_argument("--workers", type=positive, default=2, help="threads that read images")
         source.add_argument("--json", action="store_true", help="end with JSON on stdout")
     return parser.parse_args()
-
-
-def main() -> None:
-    """Open the source, pack its splits, tell what they hold."""
-    options = vars(parse_arguments())
-    source, out, as_json = (options.pop(key) for key in ("source", "out", "json"))
-    shard_size, seed, workers = (options.pop(key) for key in ("shard_size", "seed", "workers"))
-    with job():
-        splits = open_source(source, options)
-        manifests = pack(splits, out, shard_size, seed, workers)
-        packed = {
-            split.name: {
-                "images": manifest.samples,
-                "skipped": split.size - manifest.samples,
-                "shards": len(manifest.shards),
-                "fingerprint": manifest.fingerprint,
-            }
-            for split, manifest in zip(splits, manifests, strict=True)
-        }
-        for name, facts in packed.items():
-            skipped = f", {facts['skipped']:,} unreadable ones skipped" if facts["skipped"] else ""
-            say(f"{out / name}: {facts['images']:,} images in {facts['shards']} shards{skipped}")
-        if as_json:
-            report(packed)
 
 
 if __name__ == "__main__":

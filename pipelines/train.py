@@ -11,10 +11,8 @@ import yaml
 from accelerate import Accelerator
 
 from glowscale.config import Config, describe, load_config
-from glowscale.data import load_manifest, open_source
+from glowscale.data import load_manifest, make_shards, open_source
 from glowscale.data.manifest import MANIFEST
-from glowscale.data.sources import Split
-from glowscale.data.writer import pack
 from glowscale.distributed import failing_together, start_accelerator
 from glowscale.evaluation import histogram_bits_per_dim
 from glowscale.jobs import job, report, say
@@ -52,7 +50,8 @@ def pack_if_missing(config: Config, accelerator: Accelerator) -> None:
     """Let the main process pack the config's source where a split is not there."""
     with failing_together():
         if accelerator.is_main_process and config.data.source and not is_packed(config):
-            pack(source_splits(config), config.data.dir, config.data.shard_size)
+            kind, arguments = source_of(config)
+            make_shards(kind, arguments, config.data.dir, config.data.shard_size)
 
 
 def is_packed(config: Config) -> bool:
@@ -61,16 +60,16 @@ def is_packed(config: Config) -> bool:
     return all((config.data.dir / split / MANIFEST).exists() for split in splits)
 
 
-def source_splits(config: Config) -> list[Split]:
-    """The splits of the config's source."""
+def source_of(config: Config) -> tuple[str, dict[str, Any]]:
+    """Kind and arguments of the config's source."""
     arguments = config.data.source.model_dump() if config.data.source else {}
-    return open_source(arguments.pop("kind"), arguments)
+    return arguments.pop("kind"), arguments
 
 
 def plan_run(config: Config) -> dict[str, Any]:
     """What the run would take, from the packed data or, before packing, from their source."""
     if config.data.source and not is_packed(config):
-        splits = {split.name: split for split in source_splits(config)}
+        splits = {split.name: split for split in open_source(*source_of(config))}
         split = splits[config.data.train_split]
         return plan(config, split.image_shape, split.grey_levels, len(split.classes), split.size)
     manifest = load_manifest(config.data.dir / config.data.train_split)

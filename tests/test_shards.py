@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import webdataset
 import yaml
 
 from glowscale.data import DataError, ShardSet
-from glowscale.data.images import decode_image, encode_png
+from glowscale.data.digits import digits
+from glowscale.data.idx import idx
+from glowscale.data.images import decode_png, encode_png
 from glowscale.data.manifest import Fingerprint, load_manifest
-from glowscale.data.sources import digits, idx
+from glowscale.data.sources import Sample
 from glowscale.data.writer import pack, pack_split
 from glowscale.files import TEMPORARY, ClaimError, sha256_of
 from tests.conftest import Runner, last_json, random_split
@@ -30,14 +33,14 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_pixels_are_stored_without_loss(channels: int) -> None:
     image = np.random.default_rng(0).integers(0, 256, (channels, 5, 7), np.uint8)
-    assert np.array_equal(decode_image(encode_png(image)).numpy(), image)
+    assert np.array_equal(decode_png(encode_png(image)), image)
 
 
 def test_pixels_that_png_cannot_hold_are_refused() -> None:
     with pytest.raises(ValueError, match="2 channels of uint8"):
         encode_png(np.zeros((2, 4, 4), np.uint8))
     with pytest.raises(ValueError, match="not a readable PNG"):
-        decode_image(b"no image at all")
+        decode_png(b"no image at all")
 
 
 def test_digits_keep_297_images_apart(digits_dir: Path) -> None:
@@ -54,9 +57,7 @@ def test_digits_keep_297_images_apart(digits_dir: Path) -> None:
         for number, shard in enumerate(shards.manifest.shards):
             for raw in shards.read(number, 0, shard.samples):
                 keys.append(raw.key)
-                assert np.array_equal(
-                    decode_image(raw.files["png"]).numpy(), source[raw.key].image
-                )
+                assert np.array_equal(decode_png(raw.files["png"]), source[raw.key].image)
                 assert int(raw.files["cls"]) == source[raw.key].label
     assert sorted(keys) == sorted(source)
 
@@ -90,21 +91,22 @@ def test_packing_again_gives_the_same_bytes_and_does_nothing_twice(tmp_path: Pat
     first = pack_split(split, tmp_path / "a", 20)
     assert pack_split(split, tmp_path / "b", 20) == first
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
-    assert pack_split(split, tmp_path / "a", 20) == first
+    assert pack_split(split, tmp_path / "a", 20) == first._replace(already=True)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()} == stamps
 
 
 def test_the_fingerprint_tells_the_samples_not_their_packing(tmp_path: Path) -> None:
     split = random_split("train", 50)
-    one = pack_split(split, tmp_path / "a", 20, seed=0)
-    other = pack_split(split, tmp_path / "b", 7, seed=1)
+    one = pack_split(split, tmp_path / "a", 20, seed=0).manifest
+    other = pack_split(split, tmp_path / "b", 7, seed=1).manifest
     assert one.fingerprint == other.fingerprint
     assert one.shards != other.shards
     changed = Fingerprint()
     for i in range(50):
         sample = split.sample(i)
-        changed.add(sample.key, sample.label, sample.image ^ (i == 7))
+        changed.add(sample.key, "abc"[i % 3], sample.image ^ (i == 7))
     assert changed.hexdigest() != one.fingerprint
+    assert Fingerprint.total(["0f", "f" * 64]) == f"{14:064x}"
 
 
 def test_a_folder_of_other_shards_is_not_touched(tmp_path: Path) -> None:
@@ -114,19 +116,38 @@ def test_a_folder_of_other_shards_is_not_touched(tmp_path: Path) -> None:
     assert (tmp_path / "shard-000000.tar").read_bytes() == b"precious"
 
 
-def test_interrupted_packing_leaves_no_manifest(tmp_path: Path) -> None:
+def test_an_interrupted_packing_continues_after_its_last_whole_shard(tmp_path: Path) -> None:
     split = random_split("train", 50)
+    read: list[int] = []
 
-    def failing(i: int) -> object:
-        if i == 33:
+    def failing(i: int) -> Sample:
+        read.append(i)
+        if len(read) == 34:
             raise OSError("disk gone")
         return split.sample(i)
 
+    def counting(i: int) -> Sample:
+        read.append(i)
+        return split.sample(i)
+
+    whole = pack_split(split, tmp_path / "whole", 10)
     with pytest.raises(OSError, match="disk gone"):
-        pack_split(type(split)(**{**split.__dict__, "sample": failing}), tmp_path, 10)
+        pack_split(replace(split, sample=failing), tmp_path / "cut", 10)
     with pytest.raises(DataError, match="has no manifest"):
-        load_manifest(tmp_path)
-    assert pack_split(split, tmp_path, 10).samples == 50
+        load_manifest(tmp_path / "cut")
+    with (tmp_path / "cut" / "shards.jsonl").open("a") as journal:
+        journal.write('{"shard": {"na')  # a kill in the middle of a line
+    del read[:]
+    assert pack_split(replace(split, sample=counting), tmp_path / "cut", 10) == whole
+    assert len(read) == 20  # of 50: three shards were whole
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_source_that_has_changed_is_not_mixed_with_what_is_packed(tmp_path: Path) -> None:
+    pack_split(random_split("train", 50), tmp_path, 20)
+    with pytest.raises(ClaimError, match="its size is 50, not 51"):
+        pack_split(random_split("train", 51), tmp_path, 20)
 
 
 def write_idx(folder: Path, zipped: bool) -> np.ndarray:
@@ -159,7 +180,9 @@ def test_idx_files_are_packed_by_the_job(tmp_path: Path, zipped: bool, run_job: 
     assert train.manifest.image_shape == (1, 4, 8)
     assert train.manifest.grey_levels == 256
     same = ["idx", out, "--path", tmp_path, "--shard-size", 5, "--json"]
-    assert last_json(run_job("make_shards.py", *same)) == last_json(result)
+    again = run_job("make_shards.py", *same)
+    assert last_json(again) == last_json(result)
+    assert f"{out / 'train'}: already done: 12 images of 1×4×8" in again.stderr
     other = run_job("make_shards.py", "digits", out, check=False)
     assert other.returncode == 1
     assert "holds other work: its origin is 'IDX files train', not" in other.stderr

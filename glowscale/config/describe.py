@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from glowscale.config.load import sections_of
-from glowscale.config.schema import Config, Optimizer, Section
+from glowscale.config.schema import Config, Data, Optimizer, Section
 
 
 def describe() -> str:
@@ -14,6 +14,24 @@ def describe() -> str:
     rows = list(_describe(Config, ""))
     width = max(len(key) for key, _ in rows)
     return "\n".join(f"  {key:<{width}}  {text}" for key, text in rows)
+
+
+def sources() -> dict[str, tuple[str, dict[str, tuple[str, bool]]]]:
+    """What each kind of source is, and its keys: their meaning and whether they are required."""
+    return {
+        get_args(section.model_fields["kind"].annotation)[0]: (
+            (section.__doc__ or "").rstrip("."),
+            {
+                name: (
+                    f"{_type_name(field)}{_default_text(field)}: {field.description}",
+                    field.is_required(),
+                )
+                for name, field in section.model_fields.items()
+                if name != "kind"
+            },
+        )
+        for section in sections_of(Data.model_fields["source"].annotation)
+    }
 
 
 def _describe(section: type[Section], prefix: str) -> Iterator[tuple[str, str]]:

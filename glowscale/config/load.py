@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from glowscale.config.schema import Config, Section
+from glowscale.config.schema import Config, Section, Source
 from glowscale.errors import UserError
 
 
@@ -41,6 +41,23 @@ def parse_config(content: Mapping[str, Any]) -> Config:
         return Config.model_validate(content)
     except ValidationError as error:
         raise ConfigError("\n".join(_sentence(e, content) for e in error.errors())) from None
+
+
+def parse_source(kind: str, values: Mapping[str, str]) -> dict[str, Any]:
+    """A source's arguments from options of a command line, whose values are YAML; ConfigError.
+
+    >>> parse_source("digits", {"held_out": "100"})
+    {'held_out': 100}
+    """
+    content = {name: _parse_yaml(text, f"The option {name!r}") for name, text in values.items()}
+    try:
+        source = TypeAdapter(Source).validate_python({"kind": kind, **content})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = first["loc"][-1]
+        message = first["msg"].replace("Input should", "it must")
+        raise ConfigError(f"The option {name!r} is {first['input']!r}; {message}.") from None
+    return source.model_dump(exclude={"kind"})
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:  # noqa: ANN401

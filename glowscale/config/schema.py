@@ -29,30 +29,68 @@ class Run(Section):
 
 
 class DigitsSource(Section):
-    """The handwritten digits inside scikit-learn."""
+    """The handwritten digits inside scikit-learn, 8×8."""
 
     kind: Literal["digits"] = Field(description="scikit-learn's handwritten digits")
     held_out: Count = Field(297, description="images that are held out, chosen by key")
 
 
 class IdxSource(Section):
-    """IDX files of the MNIST family."""
+    """IDX files of the MNIST family, gzipped or not."""
 
     kind: Literal["idx"] = Field(description="IDX files of the MNIST family")
     path: FilePath = Field(description="folder of the IDX files, gzipped or not")
 
 
+HeldOut = Annotated[float, Field(ge=0, lt=1)]
+GreyLevels = Annotated[int, Field(ge=2, le=256)]
+
+
 class FolderSource(Section):
-    """A tree of image files."""
+    """A tree of image files of any size and kind; class = sub-folder."""
 
     kind: Literal["folder"] = Field(description="a tree of image files; class = sub-folder")
     path: FilePath = Field(description="the tree")
     resolution: Count = Field(description="side of the squares that images are cropped to")
-    held_out: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="part held out, by key")
+    split: str | None = Field(None, description="the split that all images are of, if not parted")
+    held_out: HeldOut = Field(0.1, description="part of the images held out as test, by key")
     channels: Literal[1, 3] = Field(3, description="1 for grey, 3 for colour")
+    grey_levels: GreyLevels = Field(256, description="values of a pixel; 32 are 5 bits")
 
 
-Source = Annotated[DigitsSource | FolderSource | IdxSource, Field(discriminator="kind")]
+class TorchvisionSource(Section):
+    """A data set of torchvision, downloaded where it is not there."""
+
+    kind: Literal["torchvision"] = Field(description="a data set of torchvision")
+    dataset: str = Field(description="its name there, such as CIFAR10 or FashionMNIST")
+    root: FilePath = Field(
+        Path("data/torchvision"), description="folder that torchvision keeps it in"
+    )
+    resolution: Count | None = Field(None, description="side of the squares; null for its own")
+    held_out: HeldOut = Field(0.1, description="part held out of a set that has no splits")
+    grey_levels: GreyLevels = Field(256, description="values of a pixel; 32 are 5 bits")
+
+
+class ShardsSource(Section):
+    """WebDataset shards that other tools have written, indexed where they are."""
+
+    kind: Literal["shards"] = Field(description="existing WebDataset shards, indexed in place")
+    path: FilePath = Field(description="their folder; sub-folders count")
+    split: str | None = Field(None, description="the split that all samples are of, if not parted")
+    held_out: HeldOut = Field(0.1, description="part of the samples held out as test, by key")
+    resolution: Count | None = Field(
+        None, description="side of the squares; null where all images have one size"
+    )
+    channels: Literal[1, 3] = Field(3, description="1 for grey, 3 for colour")
+    grey_levels: GreyLevels = Field(256, description="values of a pixel; 32 are 5 bits")
+    image: str | None = Field(None, description="extension of the image, if samples have several")
+    label: str | None = Field("cls", description="where labels are: cls, txt, json.FIELD, or null")
+
+
+Source = Annotated[
+    DigitsSource | FolderSource | IdxSource | ShardsSource | TorchvisionSource,
+    Field(discriminator="kind"),
+]
 
 
 class Data(Section):

@@ -7,24 +7,24 @@ apart, so that a manifest of many shards stays small).
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from glowscale.errors import UserError
+from glowscale.data.errors import DataError
+from glowscale.data.layout import PACKED, Layout
+from glowscale.data.view import View
 from glowscale.files import write_atomically
 
 FORMAT = "glowscale shards 1"
 MANIFEST = "manifest.json"
 OFFSETS = "offsets.safetensors"
-
-
-class DataError(UserError):
-    """A data set that is missing, damaged or of another kind; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,14 @@ class Manifest:
     """Number of values that a pixel takes; pixels are below it."""
     classes: tuple[str, ...]
     """Names of the classes, empty where images have no label."""
-    fingerprint: str
+    fingerprint: str = ""
     """Identifies the set of samples (keys, labels, pixels), however it is packed or ordered."""
-    offsets_sha256: str
-    shards: tuple[Shard, ...]
+    offsets_sha256: str = ""
+    shards: tuple[Shard, ...] = ()
+    root: str | None = None
+    """Folder of the shards where it is not the manifest's own."""
+    layout: Layout = PACKED
+    """How the shards' samples are to be understood."""
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -92,6 +96,8 @@ def load_manifest(folder: Path) -> Manifest:
             fingerprint=content["fingerprint"],
             offsets_sha256=content["offsets_sha256"],
             shards=tuple(Shard(**shard) for shard in content["shards"]),
+            root=content.get("root"),
+            layout=_layout(content["layout"]) if "layout" in content else PACKED,
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise DataError(f"{path} is damaged ({error!r}); pack the data again.") from error
@@ -104,17 +110,20 @@ def save_offsets(folder: Path, offsets: list[int]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def load_offset(folder: Path, sample: int) -> int:
-    """Byte at which the sample with this id starts in its shard; reads no other offset.
+def load_offsets(folder: Path, start: int, stop: int) -> list[int]:
+    """Bytes at which the samples with ids start to stop begin in their shards; reads no others.
 
     Raises:
         DataError: if the file of offsets is missing or damaged.
     """
     try:
         with safe_open(folder / OFFSETS, "numpy") as file:
-            return int(file.get_slice("offsets")[sample : sample + 1][0])
-    except (OSError, SafetensorError, IndexError) as error:
+            offsets: list[int] = file.get_slice("offsets")[start:stop].tolist()
+    except (OSError, SafetensorError) as error:
         raise DataError(f"{folder / OFFSETS} cannot be read ({error}); pack again.") from error
+    if len(offsets) < stop - start:
+        raise DataError(f"{folder / OFFSETS} ends before sample {stop - 1}; pack again.")
+    return offsets
 
 
 class Fingerprint:
@@ -126,12 +135,22 @@ class Fingerprint:
     def __init__(self) -> None:
         self._sum = 0
 
-    def add(self, key: str, label: int | None, image: np.ndarray) -> None:
-        """Take in a sample: its key, label and uint8 image (C, H, W)."""
-        head = json.dumps([key, label, image.shape]).encode()
+    def add(self, key: str, class_name: str | None, image: np.ndarray) -> None:
+        """Take in a sample: its key, its class and its uint8 image (C, H, W)."""
+        head = json.dumps([key, class_name, image.shape]).encode()
         digest = hashlib.sha256(head + b"\0" + image.tobytes()).digest()
         self._sum = (self._sum + int.from_bytes(digest, "big")) % 2**256
 
     def hexdigest(self) -> str:
         """The hash as 64 hexadecimal digits."""
         return f"{self._sum:064x}"
+
+    @staticmethod
+    def total(parts: Iterable[str]) -> str:
+        """The hash of a set from those of its parts."""
+        return f"{sum(int(part, 16) for part in parts) % 2**256:064x}"
+
+
+def _layout(content: dict[str, Any]) -> Layout:
+    view = content.pop("view")
+    return Layout(**content | {"image": tuple(content["image"])}, view=view and View(**view))

@@ -1,6 +1,6 @@
 """Reading samples out of a split's shards, by shard or by id."""
 
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glowscale.data.images import decode_image
-from glowscale.data.manifest import DataError, Manifest, load_manifest, load_offset
+from glowscale.data.errors import DataError, UnreadableError
+from glowscale.data.manifest import Manifest, load_manifest, load_offsets
 from glowscale.data.tar import RawSample, read_samples
 
 READ_BYTES = 1 << 20
@@ -43,30 +43,32 @@ class ShardSet:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest: Manifest = load_manifest(folder)
+        self.root = Path(self.manifest.root) if self.manifest.root else folder
 
     def read(self, shard: int, start: int, stop: int) -> list[RawSample]:
         """Samples start to stop (not included) of a shard, encoded; seeks to the first.
+
+        What lies between them and is not in the index is passed over.
 
         Raises:
             ShardError: if the shard is damaged.
             DataError: if it is missing or holds fewer samples than the manifest says.
         """
         entry = self.manifest.shards[shard]
-        path = self.folder / entry.name
-        offset = load_offset(self.folder, int(self.manifest.starts[shard]) + start) if start else 0
+        path, first = self.root / entry.name, int(self.manifest.starts[shard])
+        offsets = load_offsets(self.folder, first + start, first + stop)
         try:
             file = path.open("rb", buffering=READ_BYTES)
         except FileNotFoundError:
             raise DataError(f"{path} is missing, but {self.folder}'s manifest lists it.") from None
         with file:
-            file.seek(offset)
-            samples = read_samples(file, str(path), offset)
-            result = list(islice(samples, stop - start))
-        if len(result) < stop - start:
+            file.seek(offsets[0])
+            samples = _read_at(offsets, read_samples(file, str(path), offsets[0]))
+        if len(samples) < len(offsets):
             raise DataError(
-                f"{path} holds {start + len(result)} samples; the manifest says {entry.samples}."
+                f"{path} holds {start + len(samples)} samples; the manifest says {entry.samples}."
             )
-        return result
+        return samples
 
     def decode(self, samples: list[RawSample], ids: list[int], epochs: list[int]) -> Batch:
         """Decode samples into a batch.
@@ -99,30 +101,39 @@ class ShardSet:
 
     def _label(self, sample: RawSample) -> int:
         """The sample's class, -1 if it has none."""
-        if "cls" not in sample.files:
-            return -1
-        text, classes = sample.files["cls"].decode(errors="replace"), len(self.manifest.classes)
-        if not text.isdecimal() or int(text) >= classes:
-            raise DataError(
-                f"sample {sample.key!r} in {self.folder} has the label {text!r}; it must be a "
-                f"number below {classes}."
-            )
-        return int(text)
+        try:
+            return self.manifest.layout.class_of(sample.files, self.manifest.classes)
+        except DataError as error:
+            raise DataError(f"{self._name(sample)} has {error}.") from None
 
     def _image(self, sample: RawSample) -> Tensor:
-        where = f"sample {sample.key!r} in {self.folder}"
-        if "png" not in sample.files:
-            raise DataError(f"{where} has no png, only {sorted(sample.files)}.")
+        manifest = self.manifest
         try:
-            image = decode_image(sample.files["png"])
-        except ValueError as error:
-            raise DataError(f"{where}: {error}.") from error
-        if tuple(image.shape) != self.manifest.image_shape:
-            expected = self.manifest.image_shape
-            raise DataError(f"{where} has the shape {tuple(image.shape)}, not {expected}.")
-        if self.manifest.grey_levels < 256 and int(image.max()) >= self.manifest.grey_levels:
-            levels = self.manifest.grey_levels
+            image = torch.from_numpy(manifest.layout.read_image(sample.files))
+        except UnreadableError as error:
+            raise DataError(f"{self._name(sample)}: {error}.") from error
+        if tuple(image.shape) != manifest.image_shape:
             raise DataError(
-                f"{where} has the value {int(image.max())}; it must be below {levels}."
+                f"{self._name(sample)} has the shape {tuple(image.shape)}, not "
+                f"{manifest.image_shape}."
+            )
+        if manifest.grey_levels < 256 and int(image.max()) >= manifest.grey_levels:
+            raise DataError(
+                f"{self._name(sample)} has the value {int(image.max())}; it must be below "
+                f"{manifest.grey_levels}."
             )
         return image
+
+    def _name(self, sample: RawSample) -> str:
+        return f"sample {sample.key!r} in {self.folder}"
+
+
+def _read_at(offsets: list[int], samples: Iterator[RawSample]) -> list[RawSample]:
+    """Those of the samples that start at the given, ascending offsets."""
+    found: list[RawSample] = []
+    for sample in samples:
+        if sample.offset == offsets[len(found)]:
+            found.append(sample)
+            if len(found) == len(offsets):
+                break
+    return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from glowscale.data.manifest import DataError
+from glowscale.data.errors import DataError
 from glowscale.data.shards import Batch, ShardSet, cat_batches
 from glowscale.data.tar import RawSample
 from glowscale.errors import UserError

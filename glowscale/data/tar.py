@@ -5,15 +5,18 @@ pax paths and sizes. Everything else in the archive is passed over.
 """
 
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple, Protocol
 
-from glowscale.errors import UserError
+from glowscale.data.errors import ShardError
 
 BLOCK = 512
 
 
-class ShardError(UserError):
-    """A shard that cannot be read; the message names it."""
+class Readable(Protocol):
+    """What a tar is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """So many bytes, fewer only at the end."""
 
 
 class RawSample(NamedTuple):
@@ -34,7 +37,7 @@ class Member(NamedTuple):
     offset: int
 
 
-def read_samples(file: BinaryIO, name: str, offset: int = 0) -> Iterator[RawSample]:
+def read_samples(file: Readable, name: str, offset: int = 0) -> Iterator[RawSample]:
     """Read samples from `file`, which stands at byte `offset` of the shard `name`.
 
     Raises:
@@ -48,6 +51,7 @@ def read_samples(file: BinaryIO, name: str, offset: int = 0) -> Iterator[RawSamp
             files = {}
         if not files:
             key, start = member_key, member.offset
+        extension = extension.lower()  # as WebDataset does
         if extension in files:
             raise ShardError(f"{name} holds {member.name!r} twice.")
         files[extension] = member.data
@@ -55,7 +59,7 @@ def read_samples(file: BinaryIO, name: str, offset: int = 0) -> Iterator[RawSamp
         yield RawSample(key, files, start)
 
 
-def read_members(file: BinaryIO, name: str, offset: int = 0) -> Iterator[Member]:
+def read_members(file: Readable, name: str, offset: int = 0) -> Iterator[Member]:
     """Read the regular files of a tar, in order; arguments and errors as `read_samples`."""
     start, extended = offset, dict[str, str]()
     while True:
@@ -90,7 +94,7 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension
 
 
-def _read(file: BinaryIO, size: int, name: str, offset: int) -> bytes:
+def _read(file: Readable, size: int, name: str, offset: int) -> bytes:
     data = file.read(size)
     if len(data) < size:
         raise ShardError(f"{name} is truncated: it ends at byte {offset + len(data)}.")

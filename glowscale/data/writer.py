@@ -2,46 +2,56 @@
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import webdataset
 from tqdm import tqdm
 
+from glowscale.data.errors import DataError, UnreadableError
 from glowscale.data.images import encode_png
-from glowscale.data.manifest import (
-    MANIFEST,
-    DataError,
-    Fingerprint,
-    Manifest,
-    Shard,
-    load_manifest,
-    save_offsets,
-)
-from glowscale.data.sources import Sample, Split, UnreadableError
+from glowscale.data.journal import Journal, Part
+from glowscale.data.manifest import MANIFEST, Fingerprint, Manifest, Shard, load_manifest
+from glowscale.data.sources import Sample, Split
 from glowscale.data.tar import read_samples
 from glowscale.files import TEMPORARY, claim_folder, sha256_of, sync
 from glowscale.randomness import generator
 
 NOTE = "packing.json"
+Item = TypeVar("Item")
+Read = TypeVar("Read")
+
+
+class Packed(NamedTuple):
+    """A split that is packed or indexed."""
+
+    manifest: Manifest
+    skipped: int
+    """Images that could not be read; named on stderr and in the folder's journal."""
+    already: bool
+    """Whether there was nothing left to do."""
 
 
 def pack(
     splits: Iterable[Split], folder: Path, shard_size: int, seed: int = 0, workers: int = 1
-) -> list[Manifest]:
+) -> dict[str, Packed]:
     """Pack every split into its folder below `folder`; what is already packed is left alone."""
-    return [pack_split(split, folder / split.name, shard_size, seed, workers) for split in splits]
+    return {
+        split.name: pack_split(split, folder / split.name, shard_size, seed, workers)
+        for split in splits
+    }
 
 
 def pack_split(
     split: Split, folder: Path, shard_size: int, seed: int = 0, workers: int = 1
-) -> Manifest:
+) -> Packed:
     """Pack a split into `folder/shard-000000.tar ...`; the manifest comes last.
 
-    The training split is packed in a seeded random order, for shards sorted by class would
-    defeat the stream's block shuffling. Others keep the source's order.
+    A packing that was killed continues after its last whole shard. The training split is packed
+    in a seeded random order, for shards sorted by class would defeat the stream's block
+    shuffling. Others keep the source's order.
 
     Args:
         split: what to pack.
@@ -56,62 +66,73 @@ def pack_split(
     """
     if not split.size:
         raise DataError(f"The split {split.name!r} of {split.origin} has no images.")
-    job = {"origin": split.origin, "shard_size": shard_size, "seed": seed}
+    job = {"origin": split.origin, "size": split.size, "shard_size": shard_size, "seed": seed}
     claim_folder(folder, NOTE, job)
+    journal = Journal(folder)
     if (folder / MANIFEST).exists():
-        return load_manifest(folder)
+        return Packed(load_manifest(folder), journal.skipped, already=True)
     order: Sequence[int] = range(split.size)
     if split.name == "train":
         order = generator(seed, "pack", split.name).permutation(split.size).tolist()
-    fingerprint, offsets, shards = Fingerprint(), list[int](), list[Shard]()
+    done = min(len(journal.parts) * shard_size, split.size)
     with (
         ThreadPoolExecutor(workers) as pool,
-        tqdm(total=split.size, desc=f"packing {split.name}", unit="img") as progress,
+        tqdm(total=split.size, initial=done, desc=f"packing {split.name}", unit="img") as progress,
     ):
-        for start in range(0, split.size, shard_size):
-            samples = read_samples_of(split, order[start : start + shard_size], pool, progress)
-            if not samples:
-                continue
-            for sample in samples:
-                _check_pixels(sample, split)
-                fingerprint.add(sample.key, sample.label, sample.image)
-            path = folder / f"shard-{len(shards):06d}.tar"
-            shard, shard_offsets = write_shard(path, samples)
-            shards.append(shard)
-            offsets += shard_offsets
-    if not shards:
+        for start in range(done, split.size, shard_size):
+            path = folder / f"shard-{start // shard_size:06d}.tar"
+            samples, skipped = read_all(
+                order[start : start + shard_size], split.sample, pool, progress
+            )
+            journal.add(_write_part(path, samples, skipped, split))
+    if not any(part.offsets for part in journal.parts):
         raise DataError(f"No image of the split {split.name!r} of {split.origin} can be read.")
-    manifest = Manifest(
-        image_shape=split.image_shape,
-        grey_levels=split.grey_levels,
-        classes=split.classes,
-        fingerprint=fingerprint.hexdigest(),
-        offsets_sha256=save_offsets(folder, offsets),
-        shards=tuple(shards),
+    manifest = journal.write_manifest(
+        Manifest(split.image_shape, split.grey_levels, split.classes)
     )
-    manifest.save(folder)
-    return manifest
+    return Packed(manifest, journal.skipped, already=False)
 
 
-def read_samples_of(
-    split: Split, indices: Sequence[int], pool: ThreadPoolExecutor, progress: "tqdm[Any]"
-) -> list[Sample]:
-    """Samples of a split, in order; those that cannot be read are named on stderr and left out."""
+def read_all(
+    items: Sequence[Item],
+    read: Callable[[Item], Read],
+    pool: ThreadPoolExecutor,
+    progress: "tqdm[Any]",
+    weight: Callable[[Item], int] = lambda item: 1,
+) -> tuple[list[Read], list[str]]:
+    """What `read` makes of every item, in order, and what is wrong with those it cannot read.
 
-    def read(index: int) -> Sample | UnreadableError:
+    They are named on stderr and left out; `read` raises UnreadableError for them. Each item
+    moves the progress bar by its weight.
+    """
+
+    def attempt(item: Item) -> Read | UnreadableError:
         try:
-            return split.sample(index)
+            return read(item)
         except UnreadableError as error:
             return error
 
-    samples = []
-    for result in pool.map(read, indices):
+    results: list[Read] = []
+    skipped: list[str] = []
+    for item, result in zip(items, pool.map(attempt, items), strict=True):
         if isinstance(result, UnreadableError):
             progress.write(f"skipped {result}", file=sys.stderr)
+            skipped.append(str(result))
         else:
-            samples.append(result)
-        progress.update()
-    return samples
+            results.append(result)
+        progress.update(weight(item))
+    return results, skipped
+
+
+def _write_part(path: Path, samples: list[Sample], skipped: list[str], split: Split) -> Part:
+    """Write a shard, if there are samples for it; return what the journal notes of it."""
+    fingerprint = Fingerprint()
+    for sample in samples:
+        _check_pixels(sample, split)
+        name = None if sample.label is None else split.classes[sample.label]
+        fingerprint.add(sample.key, name, sample.image)
+    shard, offsets = write_shard(path, samples) if samples else (Shard(path.name, 0, 0, ""), [])
+    return Part(shard, offsets, fingerprint.hexdigest(), [], skipped)
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, list[int]]:

@@ -1,0 +1,226 @@
+"""Shards that other tools have written: indexed where they are, read but never changed."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from tqdm import tqdm
+
+from glowscale.data.errors import DataError, ShardError, UnreadableError
+from glowscale.data.journal import Journal, Part, classes_of
+from glowscale.data.layout import IMAGE_EXTENSIONS, Layout
+from glowscale.data.manifest import MANIFEST, Fingerprint, Manifest, Shard, load_manifest
+from glowscale.data.sources import is_held_out
+from glowscale.data.tar import RawSample, read_samples
+from glowscale.data.view import View
+from glowscale.data.writer import Packed, read_all
+from glowscale.files import claim_folder
+
+NOTE = "index.json"
+WINDOW = 256
+"""Samples that are held in memory at once."""
+
+Shape = tuple[int, int, int]
+
+
+class Facts(NamedTuple):
+    """What the index needs to know of a sample."""
+
+    offset: int
+    class_name: str | None
+    fingerprint: str
+
+
+def index_shards(
+    out: Path,
+    path: Path,
+    *,
+    split: str | None = None,
+    held_out: float = 0.1,
+    resolution: int | None = None,
+    channels: int = 3,
+    grey_levels: int = 256,
+    image: str | None = None,
+    label: str | None = "cls",
+    workers: int = 1,
+) -> dict[str, Packed]:
+    """Index the tars below a folder: which samples they hold, where, and what they are.
+
+    Every image is read once, so that one that cannot be is known, named and left out.
+
+    Args:
+        out: folder of the splits' manifests.
+        path: the shards' folder; sub-folders count.
+        split: name of the split that all samples are of; else they are parted by key.
+        held_out: part of the samples that the split `test` gets, about; the rest is `train`.
+        resolution: side of the images, see `View`; if not given, all must have one size.
+        channels: 3 for colour, 1 for grey.
+        grey_levels: so many values of a pixel are told apart.
+        image: extension of the image, where samples have several.
+        label: `cls`, `txt`, `json.FIELD`, or None; samples may lack it.
+        workers: threads that read images.
+
+    Raises:
+        DataError: if there are no shards, or images differ in size and no resolution is given.
+        ShardError: if a shard is damaged, or holds a key twice.
+        ClaimError: if `out` holds something else.
+    """
+    root = path.resolve()
+    shards = sorted(root.rglob("*.tar")) if root.is_dir() else []
+    if not shards:
+        raise DataError(f"{path} is no folder with WebDataset shards (*.tar) in it.")
+    names = (image.lower().lstrip("."),) if image else IMAGE_EXTENSIONS
+    layout = Layout(names, label, by_name=True, view=View(resolution, channels, grey_levels))
+    shares = {split: 1.0} if split else {"train": 1 - held_out, "test": held_out}
+    task = _Task(
+        path.resolve(), layout, [name for name, share in shares.items() if share], held_out
+    )
+    journals = task.claim(out)
+    already = all((out / name / MANIFEST).exists() for name in journals)
+    if not already:
+        task.run(shards, list(journals.values()), workers)
+    return {
+        name: Packed(load_manifest(out / name), journal.skipped, already)
+        for name, journal in journals.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is indexed, and how."""
+
+    root: Path
+    layout: Layout
+    splits: list[str]
+    held_out: float
+
+    def claim(self, out: Path) -> dict[str, Journal]:
+        """The journals of the splits, in folders that hold nothing else."""
+        job = {"path": str(self.root), "held_out": self.held_out, **asdict(self.layout)}
+        for name in self.splits:
+            claim_folder(out / name, NOTE, json.loads(json.dumps(job)))
+        return {name: Journal(out / name) for name in self.splits}
+
+    def run(self, shards: list[Path], journals: list[Journal], workers: int) -> None:
+        """Index the shards that a journal lacks, then write the manifests."""
+        shape = self._first_shape(shards)
+        ends = list(accumulate(shard.stat().st_size for shard in shards))
+        with (
+            ThreadPoolExecutor(workers) as pool,
+            tqdm(total=ends[-1], desc="indexing", unit="B", unit_scale=True) as progress,
+        ):
+            for number, shard in enumerate(shards):
+                if any(len(journal.parts) == number for journal in journals):
+                    parts = self._index(shard, shape, pool, progress)
+                    for journal, part in zip(journals, parts, strict=True):
+                        if len(journal.parts) == number:  # a kill may fall between two
+                            journal.add(part)
+                progress.update(ends[number] - progress.n)
+        classes = classes_of(part for journal in journals for part in journal.parts)
+        view = self.layout.view or View()
+        for name, journal in zip(self.splits, journals, strict=True):
+            if not any(part.offsets for part in journal.parts):
+                raise DataError(f"No readable image of {self.root} is of the split {name!r}.")
+            journal.write_manifest(
+                Manifest(shape, view.grey_levels, classes, root=str(self.root), layout=self.layout)
+            )
+
+    def _index(
+        self, shard: Path, shape: Shape, pool: ThreadPoolExecutor, progress: "tqdm[Any]"
+    ) -> list[Part]:
+        """What a shard adds to each split."""
+        name = shard.relative_to(self.root).as_posix()
+        facts: dict[str, list[Facts]] = {split: [] for split in self.splits}
+        skipped: dict[str, list[str]] = {split: [] for split in self.splits}
+
+        def read(sample: RawSample) -> Facts:
+            return self._read(sample, shape, f"{shard}, sample {sample.key!r}")
+
+        with shard.open("rb") as file:
+            hashing = _Hashing(file)
+            samples = _refuse_duplicates(read_samples(hashing, str(shard)), shard)
+            while window := list(islice(samples, WINDOW)):
+                for split in self.splits:
+                    mine = [s for s in window if self._split_of(f"{name}/{s.key}") == split]
+                    found, unread = read_all(mine, read, pool, progress, _bytes_of)
+                    facts[split] += found
+                    skipped[split] += unread
+            digest = hashing.finish()
+        size = shard.stat().st_size
+        return [
+            Part(
+                shard=Shard(name, len(facts[split]), size, digest),
+                offsets=[fact.offset for fact in facts[split]],
+                fingerprint=Fingerprint.total(fact.fingerprint for fact in facts[split]),
+                classes=sorted({fact.class_name for fact in facts[split] if fact.class_name}),
+                skipped=skipped[split],
+            )
+            for split in self.splits
+        ]
+
+    def _split_of(self, name: str) -> str:
+        return self.splits[-1 if is_held_out(name, self.held_out) else 0]
+
+    def _read(self, sample: RawSample, shape: Shape, where: str) -> Facts:
+        try:
+            image = self.layout.read_image(sample.files)
+            class_name = self.layout.read_label(sample.files)
+        except DataError as error:
+            raise type(error)(f"{where}: {error}.") from error
+        if image.shape != shape:
+            raise DataError(
+                f"{where} has the shape {image.shape}, others {shape}; give a resolution that all "
+                f"are resized to."
+            )
+        fingerprint = Fingerprint()
+        fingerprint.add(sample.key, class_name, image)
+        return Facts(sample.offset, class_name, fingerprint.hexdigest())
+
+    def _first_shape(self, shards: list[Path]) -> Shape:
+        """Shape of the first image that can be read."""
+        for shard in shards:
+            with shard.open("rb") as file:
+                for sample in read_samples(file, str(shard)):
+                    with suppress(UnreadableError):
+                        channels, height, width = self.layout.read_image(sample.files).shape
+                        return channels, height, width
+        raise DataError(f"No sample below {self.root} has an image that can be read.")
+
+
+class _Hashing:
+    """A file that is hashed while it is read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.hash = hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        """Read and hash."""
+        data = self.file.read(size)
+        self.hash.update(data)
+        return data
+
+    def finish(self) -> str:
+        """Read what is left; return the whole file's SHA-256."""
+        while self.read(1 << 20):
+            pass
+        return self.hash.hexdigest()
+
+
+def _refuse_duplicates(samples: Iterable[RawSample], shard: Path) -> Iterator[RawSample]:
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.key in seen:
+            raise ShardError(f"{shard} holds the sample {sample.key!r} twice.")
+        seen.add(sample.key)
+        yield sample
+
+
+def _bytes_of(sample: RawSample) -> int:
+    return sum(map(len, sample.files.values()))

@@ -1,0 +1,58 @@
+"""The IDX files of the MNIST family."""
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from glowscale.data.errors import DataError
+from glowscale.data.sources import Sample, Split
+
+IDX_UNSIGNED_BYTE = 8
+
+
+def idx(path: Path) -> list[Split]:
+    """The MNIST family's IDX files in a folder, gzipped or not, as splits `train` and `test`.
+
+    Args:
+        path: folder of `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the two that
+            begin with `t10k`, each with or without `.gz`.
+
+    Raises:
+        DataError: if a file is missing or is no IDX file of unsigned bytes.
+    """
+    return [_idx_split(path, "train", "train"), _idx_split(path, "t10k", "test")]
+
+
+def _idx_split(path: Path, prefix: str, name: str) -> Split:
+    images = _read_idx(path, f"{prefix}-images-idx3-ubyte", 3)
+    labels = _read_idx(path, f"{prefix}-labels-idx1-ubyte", 1)
+    if len(images) != len(labels):
+        raise DataError(f"{path} has {len(images)} {prefix} images but {len(labels)} labels.")
+    classes = tuple(str(label) for label in range(max(labels.tolist(), default=-1) + 1))
+
+    def sample(i: int) -> Sample:
+        return Sample(f"{name}-{i:05d}", images[i][None], int(labels[i]))
+
+    shape = (1, images.shape[1], images.shape[2])
+    return Split(name, f"IDX files {prefix}", shape, 256, classes, len(images), sample)
+
+
+def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
+    """An IDX file (magic number, sizes, bytes) as a uint8 array of so many dimensions."""
+    plain, zipped = folder / name, folder / f"{name}.gz"
+    path = plain if plain.is_file() else zipped
+    if not path.is_file():
+        raise DataError(f"{folder} has neither {name} nor {name}.gz.")
+    try:
+        data = path.read_bytes() if path == plain else gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged: {error}.") from error
+    head = 4 + 4 * dimensions
+    if data[:4] != bytes([0, 0, IDX_UNSIGNED_BYTE, dimensions]):
+        raise DataError(f"{path} is no IDX file of {dimensions}-d unsigned bytes.")
+    shape = [int.from_bytes(data[at : at + 4], "big") for at in range(4, head, 4)]
+    if len(data) != head + int(np.prod(shape)):
+        raise DataError(f"{path} is truncated: {len(data)} bytes for the shape {shape}.")
+    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)

@@ -1,0 +1,167 @@
+"""Data sets of torchvision as sources; downloaded where they are not there and can be had."""
+
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import numpy as np
+from torchvision import datasets
+
+from glowscale.data.errors import DataError, UnreadableError
+from glowscale.data.sources import Sample, Split, part_keys
+from glowscale.data.view import View
+
+
+@dataclass(frozen=True)
+class Known:
+    """A data set of torchvision and how its splits are asked for.
+
+    Args:
+        open: its class.
+        splits: arguments by the name of our split; one without arguments is parted by key.
+        download: whether torchvision can fetch it.
+        classes: names of its classes where the data set does not tell them.
+        arguments: for all splits.
+    """
+
+    open: Callable[..., Any]
+    splits: dict[str, dict[str, Any]]
+    download: bool = True
+    classes: tuple[str, ...] = ()
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+BY_FLAG: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
+BY_NAME: dict[str, dict[str, Any]] = {"train": {"split": "train"}, "test": {"split": "test"}}
+DIGITS = tuple("0123456789")
+UNLABELLED: dict[str, Any] = {"target_type": []}
+
+SETS: dict[str, Known] = {
+    "CIFAR10": Known(datasets.CIFAR10, BY_FLAG),
+    "CIFAR100": Known(datasets.CIFAR100, BY_FLAG),
+    "CelebA": Known(datasets.CelebA, BY_NAME, arguments=UNLABELLED),
+    "FashionMNIST": Known(datasets.FashionMNIST, BY_FLAG),
+    "Flowers102": Known(datasets.Flowers102, BY_NAME),
+    "Food101": Known(datasets.Food101, BY_NAME),
+    "ImageFolder": Known(datasets.ImageFolder, {"train": {}}, download=False),
+    "ImageNet": Known(
+        datasets.ImageNet, {"train": {"split": "train"}, "test": {"split": "val"}}, download=False
+    ),
+    "KMNIST": Known(datasets.KMNIST, BY_FLAG),
+    "MNIST": Known(datasets.MNIST, BY_FLAG),
+    "OxfordIIITPet": Known(
+        datasets.OxfordIIITPet, {"train": {"split": "trainval"}, "test": {"split": "test"}}
+    ),
+    "STL10": Known(datasets.STL10, BY_NAME),
+    "SVHN": Known(datasets.SVHN, BY_NAME, classes=DIGITS),
+}
+"""The data sets that can be packed, by torchvision's own names."""
+
+
+def torchvision(
+    dataset: str,
+    root: Path,
+    resolution: int | None = None,
+    held_out: float = 0.1,
+    grey_levels: int = 256,
+) -> list[Split]:
+    """A data set of torchvision in its own splits.
+
+    Args:
+        dataset: its name, one of `SETS`.
+        root: folder that torchvision keeps it in; it is downloaded there if it is not.
+        resolution: side of the images; their own size if not given.
+        held_out: part that the split `test` gets of a data set that has no splits.
+        grey_levels: so many values of a pixel are told apart.
+
+    Raises:
+        DataError: for an unknown name, or a data set that is not there and cannot be had.
+    """
+    if dataset not in SETS:
+        raise DataError(f"There is no data set {dataset!r}; there are {', '.join(SETS)}.")
+    known = SETS[dataset]
+    splits: list[Split] = []
+    for name, arguments in known.splits.items():
+        images = _open(dataset, root, arguments)
+        keys = [f"{name}-{index:07d}" for index in range(len(images))]
+        parts = part_keys(keys, None, held_out) if not arguments else {name: range(len(keys))}
+        for part, indices in parts.items():
+            origin = f"{dataset} {name}" if arguments else f"{dataset}, {held_out:g} held out"
+            view = View(resolution, _channels(images), grey_levels)
+            splits.append(_split(part, f"{origin} ({view})", images, keys, indices, view, known))
+    return splits
+
+
+def _open(name: str, root: Path, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+    """The data set, downloaded if need be; what torchvision prints goes to stderr."""
+    known = SETS[name]
+    arguments = {**known.arguments, **arguments}
+    with redirect_stdout(sys.stderr):
+        try:
+            return known.open(root, **arguments)
+        except (RuntimeError, FileNotFoundError) as missing:
+            if not known.download:
+                raise DataError(f"{name} cannot be read from {root}: {missing}.") from missing
+        except ModuleNotFoundError as error:
+            raise DataError(f"{name} needs the package {error.name}; install it.") from None
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            return known.open(root, **arguments, download=True)
+        except (RuntimeError, URLError, OSError) as error:
+            raise DataError(
+                f"{name} is not in {root} and cannot be downloaded ({error}); put its files there."
+            ) from error
+
+
+def _split(
+    name: str,
+    origin: str,
+    images: Any,  # noqa: ANN401
+    keys: list[str],
+    indices: "range | list[int]",
+    view: View,
+    known: Known,
+) -> Split:
+    def sample(i: int) -> Sample:
+        index = indices[i]
+        try:
+            image, target = images[index]
+            return Sample(keys[index], view(image), target)
+        except (OSError, SyntaxError, UnreadableError) as error:
+            raise UnreadableError(f"{origin}, image {index}: {error}") from error
+
+    classes = known.classes or tuple(map(_class_name, getattr(images, "classes", ())))
+    shape = _first_readable(sample, len(indices), origin).shape
+    return Split(
+        name,
+        origin,
+        (shape[0], shape[1], shape[2]),
+        view.grey_levels,
+        () if known.arguments == UNLABELLED else classes,
+        len(indices),
+        sample,
+    )
+
+
+def _first_readable(sample: Callable[[int], Sample], size: int, origin: str) -> np.ndarray:
+    """The first image that can be read: the others must be of its shape."""
+    for index in range(size):
+        try:
+            return sample(index).image
+        except UnreadableError:
+            continue
+    raise DataError(f"No image of {origin} can be read.")
+
+
+def _channels(images: Any) -> int:  # noqa: ANN401
+    """1 for a data set of grey images, 3 for all others."""
+    return 1 if len(images) and images[0][0].mode == "L" else 3
+
+
+def _class_name(name: str | tuple[str, ...]) -> str:
+    """A class's name; ImageNet's have synonyms."""
+    return name if isinstance(name, str) else ", ".join(name)
