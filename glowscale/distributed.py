@@ -1,13 +1,15 @@
 """The processes of a job: starting them through Accelerate, and sums over them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -20,12 +22,27 @@ class LaunchError(UserError):
     """Processes that were not started as the launcher meant it."""
 
 
-def start_accelerator(precision: Precision = "float32") -> Accelerator:
+def start_accelerator(
+    precision: Precision = "float32", trackers: Sequence[str] = (), folder: Path | None = None
+) -> Accelerator:
     """Join the job's processes; without a launcher, a job of one.
 
+    Args:
+        precision: of the networks.
+        trackers: names of Accelerate's experiment trackers.
+        folder: where trackers write that keep files.
+
     Raises:
-        LaunchError: if Accelerate counts other processes than the launcher started.
+        LaunchError: if Accelerate counts other processes than the launcher started, or a
+            tracker is not installed.
     """
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for tracker in trackers:
+        if tracker not in available:
+            raise LaunchError(
+                f"log.trackers names {tracker!r}, which is not installed; available are "
+                f"{', '.join(available) or 'none'}."
+            )
     torch.backends.cudnn.allow_tf32 = False  # its ten bits of mantissa are not float32
     torch.backends.cuda.matmul.allow_tf32 = False
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -33,6 +50,8 @@ def start_accelerator(precision: Precision = "float32") -> Accelerator:
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision="bf16" if precision == "bf16" else "no",
+            log_with=list(trackers) or None,
+            project_dir=folder,
         )
     except ValueError as error:  # of the launcher's variables, or a precision not to be had here
         raise LaunchError(f"Accelerate cannot start with WORLD_SIZE={launched}: {error}") from None
@@ -82,3 +101,33 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
+
+
+class LateFlag:
+    """Brings a flag from the device to the host without ever waiting for the device.
+
+    `put` starts the copy and `take`, a step later, finds it there. On the CPU both are at once.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def put(self, flag: Tensor) -> None:
+        """Start to bring a flag (), which must have been taken before the next one is put."""
+        if not flag.is_cuda:
+            self._pending = flag, None
+            return
+        host = torch.empty((), dtype=flag.dtype, pin_memory=True)
+        host.copy_(flag, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._pending = host, event
+
+    def take(self) -> bool | None:
+        """The flag that was put last, None where there is none or it was taken."""
+        if self._pending is None:
+            return None
+        (flag, event), self._pending = self._pending, None
+        if event is not None:
+            event.synchronize()
+        return bool(flag)

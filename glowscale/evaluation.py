@@ -12,6 +12,10 @@ from tqdm import tqdm
 from glowscale.data import Batch, DataError, ShardSet
 from glowscale.distributed import sum_over_ranks
 from glowscale.models import MultiscaleFlow
+from glowscale.sampling import labels_of
+
+PRIOR_SAMPLES = 16
+"""Samples whose round trip is measured."""
 
 
 def bits_per_dim(log_prob: Tensor, dimensions: int) -> Tensor:
@@ -43,8 +47,11 @@ class Evaluation:
     """Of the dequantization noise."""
     fingerprint: str
     """Of the whole data set that the images are the first of."""
-    reconstruction_error: float
-    """Largest |decode(encode(x)) − x| over the first block, in grey levels."""
+    round_trip_error: float
+    """Largest |decode(encode(x)) − x| over the first block of images, in grey levels."""
+    prior_round_trip_error: float
+    """The same over samples of the model at temperature 1, values beyond the grey levels counting
+    as the nearest one; infinite where they are not finite."""
 
     def __str__(self) -> str:
         error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
@@ -52,13 +59,16 @@ class Evaluation:
         return (
             f"{self.bits_per_dim:.4f}{error} bits/dim ({self.images:,} held-out images, "
             f"{self.dequantization} dequantization, {self.importance_samples} importance "
-            f"{samples}, data {self.fingerprint[:8]}, reconstruction error "
-            f"{self.reconstruction_error:.1e})"
+            f"{samples}, data {self.fingerprint[:8]}, round trip off by "
+            f"{self.round_trip_error:.1e}, of prior samples by {self.prior_round_trip_error:.1e})"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        return asdict(self)
+        """As plain values, for JSON; a figure that is not finite is None."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
 
 
 def evaluate(
@@ -94,26 +104,23 @@ def evaluate(
     check_fits(model, shards)
     available = shards.manifest.samples
     count = available if images is None else min(images, available)
-    starts = range(0, count, batch)[rank::world_size]
-    device = model.device
-    totals = torch.zeros(3, count, dtype=torch.float64, device=device)
-    error = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
     with torch.inference_mode():
-        for start in tqdm(starts, desc="evaluating", unit="block", disable=rank > 0, leave=False):
-            block = shards.read_batch(start, min(start + batch, count))
-            totals[0, block.ids] += score_block(model, block, seed, importance_samples)
-            totals[1, block.ids] += 1
-            totals[2, block.ids] += block.labels.to(device)
-            if start == 0:
-                error += reconstruction_error(model, block, seed)
+        starts = range(0, count, batch)[rank::world_size]
+        scores = _score_blocks(model, shards, count, batch, starts, seed, importance_samples)
+        errors = torch.zeros(2, dtype=torch.float64, device=model.device)
+        if rank == 0:
+            block = shards.read_batch(0, min(batch, count))
+            errors[0] = _round_trip_of(model, *_dequantized(model, block, seed))
+            errors[1] = _round_trip_of(model, *_prior_samples(model, seed), clamp=True)
     model.train(was_training)
-    log_prob, scored, labels = sum_over_ranks(totals).cpu()
+    log_prob, scored, labels = sum_over_ranks(scores).cpu()
     if not bool((scored == 1).all()):
         missed = int((scored == 0).sum())
         raise DataError(f"Of {count} images {missed} were not scored, or some were twice.")
     bits = bits_per_dim(log_prob, model.dimensions)
+    round_trip_error, prior_round_trip_error = sum_over_ranks(errors).tolist()
     return Evaluation(
         bits_per_dim=float(bits.mean()),
         per_class={
@@ -129,8 +136,30 @@ def evaluate(
         grey_levels=model.grey_levels,
         seed=seed,
         fingerprint=shards.manifest.fingerprint,
-        reconstruction_error=float(sum_over_ranks(error)),
+        round_trip_error=round_trip_error,
+        prior_round_trip_error=prior_round_trip_error,
     )
+
+
+def _score_blocks(
+    model: MultiscaleFlow,
+    shards: ShardSet,
+    count: int,
+    batch: int,
+    starts: range,
+    seed: int,
+    importance_samples: int,
+) -> Tensor:
+    """Of each image log p, how often it was scored, and its label, (3, count); zeros elsewhere."""
+    scores = torch.zeros(3, count, dtype=torch.float64, device=model.device)
+    for start in tqdm(
+        starts, desc="evaluating", unit="block", disable=0 not in starts, leave=False
+    ):
+        block = shards.read_batch(start, min(start + batch, count))
+        scores[0, block.ids] += score_block(model, block, seed, importance_samples)
+        scores[1, block.ids] += 1
+        scores[2, block.ids] += block.labels.to(model.device)
+    return scores
 
 
 def score_block(
@@ -148,13 +177,32 @@ def score_block(
     return total - math.log(importance_samples)
 
 
-def reconstruction_error(model: MultiscaleFlow, block: Batch, seed: int) -> Tensor:
-    """Largest |decode(encode(x)) − x| over dequantized images x, in grey levels."""
+def _round_trip_of(
+    model: MultiscaleFlow, images: Tensor, labels: Tensor, clamp: bool = False
+) -> Tensor:
+    """Largest |decode(encode(x)) − x| over continuous images x, in grey levels, or infinity.
+
+    Where `clamp` is set, both sides are seen as pixels are: no value is beyond the grey levels.
+    """
+    latents, _ = model.encode(images, labels)
+    decoded = model.decode(latents, labels)
+    if clamp:
+        images, decoded = (x.clamp(0, model.grey_levels) for x in (images, decoded))
+    return (decoded - images).abs().max().double().nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def _dequantized(model: MultiscaleFlow, block: Batch, seed: int) -> tuple[Tensor, Tensor]:
+    """Continuous images of a block, and their labels."""
     noise = model.draw_noise(_noise_keys(block, seed, 0)).to(model.device, model.dtype)
-    images, labels = block.images.to(model.device), block.labels.to(model.device)
-    continuous, _ = model.dequantizer(images, noise)
-    latents, _ = model.encode(continuous, labels)
-    return (model.decode(latents, labels) - continuous).abs().max().double()
+    images, _ = model.dequantizer(block.images.to(model.device), noise)
+    return images, block.labels.to(model.device)
+
+
+def _prior_samples(model: MultiscaleFlow, seed: int) -> tuple[Tensor, Tensor]:
+    """Continuous images that the model draws at temperature 1, and their labels."""
+    indices = range(PRIOR_SAMPLES)
+    labels = torch.tensor(labels_of(model, indices, None), device=model.device)
+    return model.decode(model.draw_latents(seed, indices), labels), labels
 
 
 def histogram_bits_per_dim(

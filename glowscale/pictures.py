@@ -39,10 +39,12 @@ def save_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     lowest = math.inf
     for label, (kind, style, width) in series.items():
         points = [(m["images"], m["bits_per_dim"]) for m in metrics if m["kind"] == kind]
+        points = [(images, bits) for images, bits in points if bits is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=width)
             lowest = min(lowest, *(bits for _, bits in points))
-    settled = [m["bits_per_dim"] for m in metrics][len(metrics) // 10 :]
+    known = [m["bits_per_dim"] for m in metrics if m.get("bits_per_dim") is not None]
+    settled = known[len(known) // 10 :]
     if settled:  # the first steps would squash the rest
         axes.set_ylim(lowest - 0.1, max(settled) + 0.1)
     axes.set(xlabel="images seen", ylabel="bits/dim")

@@ -32,7 +32,9 @@ def main() -> None:
             if arguments.json:
                 report(facts)
             return
-        accelerator = start_accelerator(config.train.precision)
+        accelerator = start_accelerator(
+            config.train.precision, config.log.trackers, config.run.dir
+        )
         pack_if_missing(config, accelerator)
         trainer = Trainer(config, accelerator)
         evaluation = trainer.train()

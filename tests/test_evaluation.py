@@ -123,4 +123,4 @@ def test_the_job_gives_the_trained_runs_figure_on_one_and_two_processes(
 
 def test_a_trained_model_reconstructs_its_images(config_dict: dict[str, Any]) -> None:
     trainer = Trainer(parse_config(config_dict), Accelerator(cpu=True))
-    assert trainer.train().reconstruction_error < 1e-4
+    assert trainer.train().round_trip_error < 1e-4

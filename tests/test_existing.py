@@ -184,7 +184,7 @@ def test_what_cannot_be_indexed_is_named(tmp_path: Path) -> None:
         index("several", [{"__key__": "a", "png": png, "jpg": png}], split="all")
     with pytest.raises(DataError, match="has an image that can be read"):
         index("none", [{"__key__": "a", "txt": "words"}], split="all")
-    with pytest.raises(DataError, match="No readable image .* is of the split 'test'"):
+    with pytest.raises(DataError, match=r"No readable image .* is of the split 'test'"):
         index("one", [{"__key__": "a", "png": png}], held_out=1e-9)
     (tmp_path / "cut").mkdir()
     whole = (tmp_path / "several" / "a.tar").read_bytes()
@@ -203,6 +203,6 @@ def test_a_label_that_is_no_class_is_refused_on_reading(tmp_path: Path) -> None:
     assert content["classes"] == list(NAMES)
     path.write_text(json.dumps({**content, "classes": ["cat", "dog"]}))
     with pytest.raises(
-        DataError, match="'owl' .* has the label 'owl'; it must be one of cat, dog"
+        DataError, match=r"'owl' .* has the label 'owl'; it must be one of cat, dog"
     ):
         ShardSet(tmp_path / "index" / "all").read_batch(0, 3)

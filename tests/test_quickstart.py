@@ -16,6 +16,6 @@ def test_quickstart_beats_the_histogram_and_leaves_its_pictures(
     assert result["images"] == 297
     assert 2.3 < result["histogram_bits_per_dim"] < 2.5
     assert result["bits_per_dim"] <= result["histogram_bits_per_dim"] - 0.15
-    assert result["reconstruction_error"] < 1e-4
+    assert result["round_trip_error"] < 1e-4
     for name in ("samples.png", "curves.png"):
         assert min(Image.open(tmp_path / "run" / name).size) > 300

@@ -52,6 +52,8 @@ def _type_name(field: FieldInfo) -> str:
             return " | ".join(map(str, get_args(annotation)))
         if get_origin(annotation) is Annotated:
             return name(get_args(annotation)[0])
+        if get_origin(annotation) is tuple:
+            return f"list of {name(get_args(annotation)[0])}"
         if args := get_args(annotation):
             return " | ".join(dict.fromkeys(name(arg) for arg in args))
         if annotation is type(None):

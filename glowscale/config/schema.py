@@ -93,6 +93,15 @@ Source = Annotated[
 ]
 
 
+class Augment(Section):
+    """Random changes of training images."""
+
+    flip: bool = Field(False, description="mirror every other image horizontally")
+    crop: Annotated[int, Field(ge=0)] = Field(
+        0, description="move images by up to so many pixels, their edges repeated"
+    )
+
+
 class Data(Section):
     """The images and how they are read."""
 
@@ -108,6 +117,7 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] = Field(
         0, description="reading processes beside each training process"
     )
+    augment: Augment = Field(Augment(), description="random changes by (seed, epoch, image)")
 
 
 class AffinePreprocessing(Section):
@@ -202,6 +212,12 @@ class Train(Section):
         "float32", description="of the networks; flow arithmetic is never below float32"
     )
     clip: Positive | None = Field(None, description="largest norm of the gradient")
+    masked_limit: Count = Field(
+        10, description="updates in a row that may be masked as not finite before the run ends"
+    )
+    warm_start: str | None = Field(
+        None, description="run, checkpoint or published model whose weights a new run starts from"
+    )
     ema_images: Count = Field(
         50_000, description="images over which the averaged weights forget, e-fold"
     )
@@ -213,6 +229,9 @@ class Log(Section):
     """Metrics."""
 
     every: Count = Field(10_000, description="images between two lines of metrics")
+    trackers: tuple[str, ...] = Field(
+        (), strict=False, description="Accelerate's trackers, such as tensorboard, wandb, mlflow"
+    )
 
 
 class Evaluate(Section):
@@ -224,6 +243,9 @@ class Evaluate(Section):
     )
     batch: Count = Field(250, description="images of a block")
     importance_samples: Count = Field(1, description="samples of the dequantization noise")
+    round_trip_limit: Positive | None = Field(
+        0.5, description="grey levels by which decode(encode(x)) may be off before a run ends"
+    )
 
 
 class Samples(Section):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from glowscale.data.augmentation import Augmentation
 from glowscale.data.digits import digits
 from glowscale.data.errors import DataError, ShardError
 from glowscale.data.existing import index_shards
@@ -26,6 +27,7 @@ SOURCES: dict[str, Callable[..., list[Split]]] = {
 
 __all__ = [
     "SOURCES",
+    "Augmentation",
     "Batch",
     "DataError",
     "Manifest",

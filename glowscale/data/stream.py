@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from glowscale.data.augmentation import NO_AUGMENTATION, Augmentation
 from glowscale.data.errors import DataError
 from glowscale.data.shards import Batch, ShardSet, cat_batches
 from glowscale.data.tar import RawSample
@@ -77,12 +78,14 @@ class LaneReader:
         lanes: how epochs are cut.
         seed: seed of the order.
         shuffle_block: samples of a lane that are shuffled together, and so held in memory.
+        augmentation: how images are changed, by (seed, epoch, id).
     """
 
     shards: ShardSet
     lanes: Lanes
     seed: int
     shuffle_block: int
+    augmentation: Augmentation = NO_AUGMENTATION
 
     def read(self, lane: int, position: int) -> Iterator[tuple[RawSample, int, int]]:
         """Samples of a lane from a position on, without end, each with its id and epoch."""
@@ -98,6 +101,16 @@ class LaneReader:
                 sample, identity = samples[index]
                 yield sample, identity, epoch
             position = start + last
+
+    def decode(self, rows: list[tuple[RawSample, int, int]]) -> Batch:
+        """Decode and augment what `read` gave."""
+        samples, ids, epochs = zip(*rows, strict=True)
+        batch = self.shards.decode(list(samples), list(ids), list(epochs))
+        for image, identity, epoch in zip(batch.images, ids, epochs, strict=True):
+            changed = self.augmentation(image, self.seed, epoch, identity)
+            if changed is not image:
+                image.copy_(changed)
+        return batch
 
     def _read_line(
         self, epoch: int, origin: int, first: int, last: int
@@ -140,9 +153,9 @@ class _LaneSlices(IterableDataset[Batch | UserError]):
         lanes = [self.reader.read(lane, self.position) for lane in part]
         try:
             while True:
-                rows = [next(lane) for lane in lanes for _ in range(self.per_lane)]
-                samples, ids, epochs = zip(*rows, strict=True)
-                yield self.reader.shards.decode(list(samples), list(ids), list(epochs))
+                yield self.reader.decode(
+                    [next(lane) for lane in lanes for _ in range(self.per_lane)]
+                )
         except UserError as error:  # raised, it would reach the user as a worker's traceback
             yield error
 
@@ -158,6 +171,7 @@ def training_stream(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
+    augmentation: Augmentation = NO_AUGMENTATION,
 ) -> Iterator[Batch]:
     """This process's parts of the global batches from `cursor` on, without end.
 
@@ -174,6 +188,7 @@ def training_stream(
         rank: this process.
         world_size: number of processes.
         workers: reading processes of this process; 0 reads in this one.
+        augmentation: how images are changed.
 
     Raises:
         DataError: for numbers that do not fit together.
@@ -185,7 +200,7 @@ def training_stream(
     own = np.array_split(np.arange(lanes), world_size)[rank]
     parts = np.array_split(own, max(1, min(workers, len(own))))
     slices = _LaneSlices(
-        LaneReader(shards, plan, seed, shuffle_block),
+        LaneReader(shards, plan, seed, shuffle_block, augmentation),
         [range(int(part[0]), int(part[-1]) + 1) for part in parts],
         cursor // lanes,
         batch // lanes,

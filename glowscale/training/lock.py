@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from accelerate.utils import gather_object
 
+from glowscale.distributed import LaunchError
 from glowscale.errors import UserError
 
 LOCK = "lock.json"
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 30.0
 START_TOLERANCE = 2.0
+SHARE_SECONDS = 30.0
 
 
 class LockedError(UserError):
@@ -100,6 +103,29 @@ class RunLock:
         while not self._released.wait(BEAT_SECONDS):
             with suppress(OSError):
                 os.utime(self.path)
+
+
+def refuse_unshared(folder: Path, seconds: float = SHARE_SECONDS) -> None:
+    """Refuse processes that do not see the lock that the main one holds; all must call it.
+
+    Args:
+        folder: the run folder.
+        seconds: so long a network's file system may take to show the lock.
+
+    Raises:
+        LaunchError: if a process sees no lock, or another.
+    """
+    token = gather_object([_read(folder / LOCK).get("token")])[0]
+    deadline = time.monotonic() + seconds
+    while _read(folder / LOCK).get("token") != token and time.monotonic() < deadline:
+        time.sleep(0.2)
+    shared = _read(folder / LOCK).get("token") == token
+    hosts: list[str] = gather_object(["" if shared else socket.gethostname()])
+    if apart := sorted({host for host in hosts if host}):
+        raise LaunchError(
+            f"The run folder {folder.resolve()} of the main process is not that of all others "
+            f"(on {', '.join(apart)}); run.dir must be on a file system that all share."
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

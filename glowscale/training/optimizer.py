@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from glowscale.training.adamax import Adamax
 from glowscale.training.checkpoint import CheckpointError
 
 
@@ -19,7 +20,8 @@ def build_optimizer(
     """Adamax or AdamW over a model's parameters; only convolution weights decay.
 
     Decaying the scales, biases and 1×1 matrices of the bijections would pull the density
-    itself towards a fixed one. The decay is AdamW's (decoupled), and L2 under Adamax.
+    itself towards a fixed one. The decay is AdamW's (decoupled), and L2 under Adamax. Both skip
+    a step where their attribute `found_inf`, a tensor on the device, is 1.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -29,7 +31,7 @@ def build_optimizer(
     betas = (beta1, beta2)
     match kind:
         case "adamax":
-            return torch.optim.Adamax(groups, lr=lr, betas=betas, foreach=True)
+            return Adamax(groups, lr=lr, betas=betas)
         case "adamw":
             return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
     raise ValueError(f"There is no optimizer {kind!r}, only adamax, adamw.")
@@ -84,6 +86,6 @@ def load_optimizer_tensors(
         parameter = parameters[name]
         if value.shape == parameter.shape:
             value = torch.empty_like(parameter, dtype=value.dtype).detach().copy_(value)
-        elif optimizer.defaults.get("fused"):  # which counts its steps on the device
+        else:  # steps, which are counted on the device
             value = value.to(parameter.device)
         optimizer.state[parameter][quantity] = value

@@ -1,6 +1,7 @@
 """The run folder: its config, metrics, pictures and checkpoints."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 
 from glowscale.config import Config, ConfigError, differences
 from glowscale.data import Manifest
+from glowscale.evaluation import Evaluation
 from glowscale.files import sync, write_atomically
 from glowscale.training.checkpoint import Checkpoint, resume_checkpoint, save_checkpoint
 from glowscale.training.state import TrainingState
@@ -21,6 +23,7 @@ FREE_KEYS = (
     "data.workers",
     "train.images",
     "train.micro_batch",
+    "train.masked_limit",
     "log",
     "evaluate",
     "samples",
@@ -86,11 +89,18 @@ class RunFolder:
             self.config.checkpoint.keep,
         )
 
-    def log(self, kind: str, images: int, **values: float | None) -> None:
+    def log(self, kind: str, images: int, values: dict[str, Any], times: dict[str, float]) -> None:
         """Append a line of metrics, which holds no times, and one of times beside it."""
         _append(self.metrics, {"kind": kind, "images": images, **values})
         seconds = round(time.perf_counter() - self._started, 3)
-        _append(self.times, {"kind": kind, "images": images, "seconds_since_start": seconds})
+        _append(
+            self.times, {"kind": kind, "images": images, "seconds_since_start": seconds, **times}
+        )
+
+    def save_evaluation(self, evaluation: Evaluation) -> None:
+        """Write the figure over all held-out images, with all that it depends on."""
+        content = json.dumps(evaluation.to_dict(), indent=1)
+        write_atomically(self.path / "evaluation.json", content.encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics."""
@@ -127,5 +137,10 @@ def _refuse_changed_config(old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:
+    """Append a JSON line; numbers that are not finite, which JSON lacks, are null."""
+    plain = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
     with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(plain) + "\n")

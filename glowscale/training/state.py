@@ -31,7 +31,9 @@ class TrainingState:
         self.images = 0
         """Images of the stream that have been trained on: its cursor."""
         self.window = torch.zeros(3, dtype=torch.float64, device=model.device)
-        """Since the last line of metrics: bits/dim, images, updates whose norm was not finite."""
+        """Since the last line of metrics: bits/dim, images, masked updates."""
+        self.masked_in_a_row = 0
+        """Updates in a row, up to the last, that were not finite."""
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where a checkpoint stands; raises CheckpointError if it does not fit."""
@@ -40,6 +42,7 @@ class TrainingState:
         load_tensors(self.ema.model, tensors["ema"], path / "ema.safetensors")
         load_optimizer_tensors(self.optimizer, self.model, tensors["optimizer"])
         self.images = checkpoint.state["images"]
+        self.masked_in_a_row = checkpoint.state["masked_in_a_row"]
         self.window.copy_(torch.tensor(checkpoint.state["window"], dtype=torch.float64))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -52,4 +55,17 @@ class TrainingState:
 
     def counters(self) -> dict[str, Any]:
         """The numbers of a checkpoint."""
-        return {"images": self.images, "window": self.window.tolist()}
+        return {
+            "images": self.images,
+            "window": self.window.tolist(),
+            "masked_in_a_row": self.masked_in_a_row,
+        }
+
+    def non_finite_tensor(self) -> str | None:
+        """Name of a tensor of a checkpoint that is not finite, None if all are."""
+        for part, tensors in self.tensors().items():
+            floating = {key: x for key, x in tensors.items() if x.is_floating_point()}
+            if not bool(torch.nn.utils.get_total_norm(list(floating.values())).isfinite()):
+                bad = (f"{part}/{k}" for k, x in floating.items() if not bool(x.isfinite().all()))
+                return next(bad, None)
+        return None

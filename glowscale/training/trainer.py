@@ -2,40 +2,40 @@
 
 import math
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from glowscale.bijections import initializing
 from glowscale.config import Config, ConfigError
-from glowscale.data import Batch, ShardSet, check_lanes, training_stream
+from glowscale.data import Augmentation, Batch, ShardSet, check_lanes, training_stream
 from glowscale.distributed import failing_together, refuse_disagreement, sum_over_ranks
 from glowscale.errors import UserError
-from glowscale.evaluation import (
-    Evaluation,
-    bits_per_dim,
-    check_fits,
-    evaluate,
-    refuse_unlabelled,
-)
+from glowscale.evaluation import Evaluation, check_fits, evaluate, refuse_unlabelled
 from glowscale.jobs import say
 from glowscale.models import MultiscaleFlow, build_model
 from glowscale.pictures import save_curves
 from glowscale.randomness import derived_seed
 from glowscale.sampling import save_preview
-from glowscale.training.lock import RunLock
-from glowscale.training.optimizer import build_optimizer, learning_rate
+from glowscale.training.diagnosis import Diagnosis
+from glowscale.training.lock import RunLock, refuse_unshared
+from glowscale.training.optimizer import build_optimizer
 from glowscale.training.run_folder import RunFolder
 from glowscale.training.state import TrainingState
+from glowscale.training.trackers import log_picture, start_trackers
+from glowscale.training.update import NonFiniteError, Updater
 
 
-class NonFiniteError(UserError):
-    """A loss or gradient that is not finite."""
+class RoundTripError(UserError):
+    """A model whose inverse does not bring images back."""
 
 
 class Trainer:
@@ -72,96 +72,53 @@ class Trainer:
             with failing_together():
                 if self.is_main:
                     held.callback(RunLock(config.run.dir).release)
+            refuse_unshared(config.run.dir)
             self.state = self._resume(model) or self._begin(model)
+            start_trackers(accelerator, config, self.state.images)
             self._held = held.pop_all()
-        self.parallel_model = accelerator.prepare(model)
+        self.update = Updater(
+            config.train,
+            config.run.seed,
+            accelerator,
+            accelerator.prepare(model),
+            self.state,
+            self._note_masked,
+        )
+        self._seconds = 0.0
 
     def train(self) -> Evaluation:
         """Train to `train.images`; return the averaged weights' held-out bits/dim.
 
         Raises:
-            NonFiniteError: if the loss or its gradient blows up; that is never saved.
+            NonFiniteError: if the loss or its gradient blows up again and again; the updates
+                that saw it are masked and never saved.
+            RoundTripError: if the model's inverse is off by more than the config allows.
         """
         config = self.config
+        if self.is_main:
+            processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+            say(f"training on {processes} ({self.accelerator.device.type})")
         batches = self._stream(self.state.images, config.train.batch, config.data.workers)
         with self._held, self._progress() as progress:
             while self.state.images < config.train.images:
+                started = time.perf_counter()
                 gradient_norm = self.update(next(batches))
+                self._seconds += time.perf_counter() - started
                 progress.update(config.train.batch)
                 self._look_and_save(gradient_norm, progress)
             return self._finish()
 
-    def update(self, batch: Batch) -> Tensor:
-        """One step on this process's part of a global batch; return the gradient's norm.
-
-        The loss is the sum of bits/dim (and the model's penalties, if any) over the global batch,
-        divided by its number of images; DDP averages gradients over the processes, hence the
-        factor `world_size`.
-        """
-        settings, state = self.config.train, self.state
-        parts = _micro_batches(batch, settings.micro_batch)
-        weight = self.world_size / settings.batch
-        total = torch.zeros((), dtype=torch.float64, device=state.window.device)
-        for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.parallel_model):
-                bits, penalty = self._score(part)
-                self.accelerator.backward((bits + penalty) * weight)
-            total += bits.detach()
-        state.images += settings.batch
-        norm = self._step()
-        state.ema.update(state.model, settings.batch, state.images)
-        seen = torch.full_like(total, settings.batch)
-        state.window += torch.stack([sum_over_ranks(total), seen, ~norm.isfinite()])
-        return norm
-
-    def _score(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sums of bits/dim and of penalties, under the noise of the samples' ids and epochs."""
-        seed = self.config.run.seed
-        rows = zip(batch.epochs.tolist(), batch.ids.tolist(), strict=True)
-        noise = self.state.model.draw_noise((seed, "dequantization", *row) for row in rows)
-        refuse_unlabelled(self.state.model, batch)
-        inputs = (batch.images, batch.labels, noise)
-        output = self.parallel_model(
-            *(x.to(self.accelerator.device, non_blocking=True) for x in inputs)
-        )
-        bits = bits_per_dim(output.log_prob, self.state.model.dimensions).sum()
-        return bits, sum((x.sum() for x in output.penalties.values()), torch.zeros_like(bits))
-
-    def _step(self) -> Tensor:
-        """Clip, set the learning rate, update the weights."""
-        settings = self.config.train
-        gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        if settings.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.state.model.parameters(), settings.clip, norm, foreach=True
-            )
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
-        # Neither optimizer nor schedule is prepared: Accelerate would step them by its own count.
-        self.state.optimizer.step()
-        self.state.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def _learning_rate(self) -> float:
-        settings = self.config.train
-        return learning_rate(
-            self.state.images,
-            settings.images,
-            settings.optimizer.lr,
-            **settings.schedule.model_dump(),
-        )
-
     def _look_and_save(self, gradient_norm: Tensor, progress: "tqdm[Any]") -> None:
         """Whatever is due after this many images; the checkpoint last, so that it covers all."""
-        if self._due(self.config.log.every):
+        settings = self.config
+        if self._due(settings.log.every):
             self._log(gradient_norm, progress)
-        if self._due(self.config.evaluate.every):
+        if self._due(settings.evaluate.every):
             self._log_evaluation(progress)
-        if self._due(self.config.samples.every) and self.is_main:
+        if self._due(settings.samples.every) and self.is_main:
             self._save_samples(f"samples/{self.state.images:012d}.png")
-        if self._due(self.config.checkpoint.every):
+        if self._due(settings.checkpoint.every):
+            self.update.settle()
             self._save(self.state)
 
     def _due(self, every: int) -> bool:
@@ -171,35 +128,65 @@ class Trainer:
         return crossed or images >= settings.images
 
     def _log(self, gradient_norm: Tensor, progress: "tqdm[Any]") -> None:
-        self._refuse_non_finite(self.state)
-        bits, images, _ = self.state.window.tolist()
+        self.update.settle()
+        bits, images, masked = self.state.window.tolist()
         self.state.window.zero_()
-        progress.set_postfix_str(f"{bits / images:.3f} bits/dim")
+        mean = bits / images if images else None
+        progress.set_postfix_str("not finite" if mean is None else f"{mean:.3f} bits/dim")
+        speed = (images + masked * self.config.train.batch) / max(self._seconds, 1e-9)
+        self._seconds = 0.0
+        self._record(
+            "train",
+            {
+                "bits_per_dim": mean,
+                "gradient_norm": float(gradient_norm),
+                "learning_rate": self.update.learning_rate(),
+                "masked_updates": int(masked),
+            },
+            {"images_per_second": round(speed, 3)},
+        )
+
+    def _record(
+        self, kind: str, values: dict[str, Any], times: dict[str, float] | None = None
+    ) -> None:
+        """A line of metrics, in the run folder and for the trackers."""
         if self.is_main:
-            self.folder.log(
-                "train",
-                self.state.images,
-                bits_per_dim=bits / images,
-                gradient_norm=float(gradient_norm),
-                learning_rate=self._learning_rate(),
-            )
+            self.folder.log(kind, self.state.images, values, times or {})
+            numbers = {
+                f"{kind}/{key}": value
+                for key, value in {**values, **(times or {})}.items()
+                if isinstance(value, (int, float)) and math.isfinite(value)
+            }
+            self.accelerator.log(numbers, step=self.state.images)
+
+    def _note_masked(self, images: int, diagnosis: Diagnosis) -> None:
+        self._record("masked", {"ids": diagnosis.ids, "place": diagnosis.place})
 
     def _log_evaluation(self, progress: "tqdm[Any]") -> None:
         result = self.evaluate(self.config.evaluate.images)
         if self.is_main:
             progress.write(f"{self.state.images:,} images: {result}", file=sys.stderr)
-            self.folder.log(
-                "held_out",
-                self.state.images,
-                bits_per_dim=result.bits_per_dim,
-                standard_error=result.standard_error,
-                reconstruction_error=result.reconstruction_error,
-            )
+        figures = ("bits_per_dim", "standard_error", "round_trip_error", "prior_round_trip_error")
+        self._record("held_out", {key: getattr(result, key) for key in figures})
+        if self.is_main:
             save_curves(self.folder.read_metrics(), self.folder.path / "curves.png")
+        self._refuse_round_trip(result)
+
+    def _refuse_round_trip(self, result: Evaluation) -> None:
+        limit = self.config.evaluate.round_trip_limit
+        errors = {"images": result.round_trip_error, "samples": result.prior_round_trip_error}
+        for what, error in errors.items():
+            if limit is not None and not error <= limit:
+                raise RoundTripError(
+                    f"At image {self.state.images:,} the round trip of {what} is off by "
+                    f"{error:.3g} grey levels, more than evaluate.round_trip_limit={limit:g}: the "
+                    f"model's inverse cannot be trusted; lower train.optimizer.lr, bound "
+                    f"model.scale, or allow more (null: anything)."
+                )
 
     def evaluate(self, images: int | None = None) -> Evaluation:
         """Bits/dim of the averaged weights on the first so many held-out images, or on all."""
-        self._refuse_non_finite(self.state)
+        self.update.settle()
         settings = self.config.evaluate
         return evaluate(
             self.state.ema.model,
@@ -217,6 +204,7 @@ class Trainer:
         result = self.evaluate()
         if self.is_main:
             self._save_samples("samples.png")
+            self.folder.save_evaluation(result)
             save_curves(self.folder.read_metrics(), self.folder.path / "curves.png")
         self.accelerator.wait_for_everyone()
         return result
@@ -230,6 +218,8 @@ class Trainer:
             self.config.run.seed,
             settings.temperature,
         )
+        grid = np.asarray(Image.open(self.folder.path / name))
+        log_picture(self.accelerator, "samples", grid, self.state.images)
 
     def _build_model(self) -> MultiscaleFlow:
         manifest = self.train_shards.manifest
@@ -284,21 +274,19 @@ class Trainer:
         return TrainingState(model, optimizer, settings.ema_images)
 
     def _save(self, state: TrainingState) -> None:
-        """Write a checkpoint; all ranks call it, the main one writes."""
-        self._refuse_non_finite(state)
+        """Write a checkpoint; all ranks call it, the main one writes.
+
+        Raises:
+            NonFiniteError: if a tensor of it is not finite.
+        """
+        if bad := state.non_finite_tensor():
+            raise NonFiniteError(
+                f"At image {state.images:,} the tensor {bad} is not finite, so no checkpoint is "
+                f"written; those in {self.folder.checkpoints} are from before."
+            )
         with failing_together():
             if self.is_main:
                 self.folder.save(state)
-
-    def _refuse_non_finite(self, state: TrainingState) -> None:
-        bits, images, broken = state.window.tolist()
-        if broken or not math.isfinite(bits):
-            raise NonFiniteError(
-                f"The loss or its gradient became infinite or no number ({bits / images:.3g} "
-                f"bits/dim) within {int(images):,} images before image {state.images:,}; lower "
-                f"train.optimizer.lr, raise train.schedule.warmup_images, or set train.clip. The "
-                f"checkpoints in {self.folder.checkpoints} are from before."
-            )
 
     def _stream(self, cursor: int, batch: int, workers: int) -> Iterator[Batch]:
         data = self.config.data
@@ -312,6 +300,7 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
             workers=workers,
+            augmentation=Augmentation(**data.augment.model_dump()),
         )
 
     def _progress(self) -> "tqdm[Any]":
@@ -323,10 +312,3 @@ class Trainer:
             unit_scale=True,
             disable=not self.is_main,
         )
-
-
-def _micro_batches(batch: Batch, most: int | None) -> list[Batch]:
-    """Cut a process's part of a batch into pieces of at most so many images."""
-    count = len(batch.ids)
-    size = min(most or count, count)
-    return [Batch(*(x[i : i + size] for x in batch)) for i in range(0, count, size)]
