@@ -16,6 +16,8 @@ from glowscale.models import MultiscaleFlow
 from glowscale.pictures import save_grid
 
 JOB = "job.json"
+BLOCK = 50
+"""Images that are computed together."""
 
 
 @torch.inference_mode()
@@ -87,7 +89,7 @@ def generate(
     identity: dict[str, Any],
     label: int | None = None,
     shard_size: int = 1000,
-    block: int = 50,
+    block: int = BLOCK,
     rank: int = 0,
     world_size: int = 1,
 ) -> list[Path]:
@@ -144,7 +146,7 @@ def save_preview(
     seed: int,
     temperature: float,
     label: int | None = None,
-    block: int = 50,
+    block: int = BLOCK,
 ) -> None:
     """Save a grid of the first `count` images of a job."""
     images = sample_blocks(model, seed, range(count), temperature, block, label)

@@ -7,12 +7,12 @@ checkpoint. What is not given is as in the run's config.
 import argparse
 from pathlib import Path
 
+from glowscale.checkpoint import load_model
 from glowscale.config import parse_config
 from glowscale.data import ShardSet
 from glowscale.distributed import refuse_disagreement, start_accelerator
 from glowscale.evaluation import evaluate
 from glowscale.jobs import job, positive, report, say
-from glowscale.training import load_model
 
 
 def main() -> None:

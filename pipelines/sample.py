@@ -7,11 +7,11 @@ command again makes only what is missing.
 import argparse
 from pathlib import Path
 
+from glowscale.checkpoint import load_model
 from glowscale.distributed import refuse_disagreement, start_accelerator
 from glowscale.errors import UserError
 from glowscale.jobs import job, positive, report, say
 from glowscale.sampling import generate, save_preview
-from glowscale.training import load_model
 
 PREVIEW = 64
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glowscale.training.checkpoint import (
+from glowscale.checkpoint import (
     CheckpointError,
     find_checkpoint,
     load_tensors,

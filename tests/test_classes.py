@@ -11,6 +11,7 @@ import yaml
 from accelerate import Accelerator
 from torch import Tensor
 
+from glowscale.checkpoint import load_model
 from glowscale.config import ConfigError, parse_config
 from glowscale.data import DataError, ShardSet
 from glowscale.data.images import decode_png
@@ -18,7 +19,7 @@ from glowscale.data.sources import Sample, Split
 from glowscale.data.writer import pack_split
 from glowscale.evaluation import score_block
 from glowscale.models import Glow
-from glowscale.training import Trainer, load_model
+from glowscale.training import Trainer
 from tests.conftest import Runner, last_json, perturb
 
 BRIGHTNESS = {"dark": 2, "middle": 8, "bright": 13}

@@ -16,11 +16,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor
 
+from glowscale.checkpoint import find_checkpoint
 from glowscale.config import ConfigError, parse_config
 from glowscale.distributed import LaunchError, start_accelerator
 from glowscale.models import MultiscaleFlow
 from glowscale.training import Trainer
-from glowscale.training.checkpoint import find_checkpoint
 from glowscale.training.ema import EMA
 from glowscale.training.optimizer import learning_rate
 from tests.conftest import Runner, job_command, job_environment, tiny_glow

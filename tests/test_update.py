@@ -13,8 +13,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from glowscale.checkpoint import find_checkpoint
 from glowscale.config import parse_config
-from glowscale.training import NonFiniteError, Trainer, find_checkpoint
+from glowscale.training import NonFiniteError, Trainer
 from tests.conftest import Runner, job_command, job_environment
 
 POISONED = """

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from glowscale.checkpoint import CheckpointError
 from glowscale.training.adamax import Adamax
-from glowscale.training.checkpoint import CheckpointError
 
 
 def build_optimizer(

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
+from glowscale.checkpoint import Checkpoint, resume_checkpoint, save_checkpoint
 from glowscale.config import Config, ConfigError, differences
 from glowscale.data import Manifest
 from glowscale.evaluation import Evaluation
 from glowscale.files import sync, write_atomically
-from glowscale.training.checkpoint import Checkpoint, resume_checkpoint, save_checkpoint
 from glowscale.training.state import TrainingState
 
 FREE_KEYS = (
@@ -97,9 +97,9 @@ class RunFolder:
             self.times, {"kind": kind, "images": images, "seconds_since_start": seconds, **times}
         )
 
-    def save_evaluation(self, evaluation: Evaluation) -> None:
-        """Write the figure over all held-out images, with all that it depends on."""
-        content = json.dumps(evaluation.to_dict(), indent=1)
+    def save_evaluation(self, images: int, evaluation: Evaluation) -> None:
+        """Write the figure over all held-out images, and after how many training images."""
+        content = json.dumps({"trained_images": images, **evaluation.to_dict()}, indent=1)
         write_atomically(self.path / "evaluation.json", content.encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:

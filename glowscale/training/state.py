@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glowscale.checkpoint import Checkpoint, load_tensors
 from glowscale.models import MultiscaleFlow
-from glowscale.training.checkpoint import Checkpoint, load_tensors
 from glowscale.training.ema import EMA
 from glowscale.training.optimizer import load_optimizer_tensors, optimizer_tensors
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glowscale.bijections import initializing
+from glowscale.checkpoint import load_tensors
 from glowscale.config import Config, ConfigError
 from glowscale.data import Augmentation, Batch, ShardSet, check_lanes, training_stream
 from glowscale.distributed import failing_together, refuse_disagreement, sum_over_ranks
@@ -23,6 +25,7 @@ from glowscale.evaluation import Evaluation, check_fits, evaluate, refuse_unlabe
 from glowscale.jobs import say
 from glowscale.models import MultiscaleFlow, build_model
 from glowscale.pictures import save_curves
+from glowscale.pretrained import load
 from glowscale.randomness import derived_seed
 from glowscale.sampling import save_preview
 from glowscale.training.diagnosis import Diagnosis
@@ -204,7 +207,7 @@ class Trainer:
         result = self.evaluate()
         if self.is_main:
             self._save_samples("samples.png")
-            self.folder.save_evaluation(result)
+            self.folder.save_evaluation(self.state.images, result)
             save_curves(self.folder.read_metrics(), self.folder.path / "curves.png")
         self.accelerator.wait_for_everyone()
         return result
@@ -254,19 +257,33 @@ class Trainer:
         return state
 
     def _begin(self, model: MultiscaleFlow) -> TrainingState:
-        """Initialize ActNorm from the stream's first images; the state that checkpoint 0 holds."""
-        batch = next(self._stream(0, self.config.train.init_images, workers=0))
-        refuse_unlabelled(model, batch)
-        seed = self.config.run.seed
-        noise = model.draw_noise((seed, "initialization", i) for i in batch.ids.tolist())
-        with torch.no_grad(), initializing(model, sum_over_ranks):
-            model(*(x.to(model.device) for x in (batch.images, batch.labels, noise)))
+        """The state that checkpoint 0 holds: initialized from data, or another run's weights."""
+        if self.config.train.warm_start:
+            self._load_weights(model, self.config.train.warm_start)
+        else:
+            self._initialize(model)
         state = self._make_state(model)
         with failing_together():
             if self.is_main:
                 self.folder.open(-1)
         self._save(state)
         return state
+
+    def _load_weights(self, model: MultiscaleFlow, name: str) -> None:
+        """Take over the weights of a run or a published model of the same architecture."""
+        source = load(name).flow.to(model.dtype)
+        load_tensors(model, source.state_dict(), Path(name))
+        if self.is_main:
+            say(f"starting from the weights of {name}")
+
+    def _initialize(self, model: MultiscaleFlow) -> None:
+        """Initialize ActNorm from the stream's first images."""
+        batch = next(self._stream(0, self.config.train.init_images, workers=0))
+        refuse_unlabelled(model, batch)
+        seed = self.config.run.seed
+        noise = model.draw_noise((seed, "initialization", i) for i in batch.ids.tolist())
+        with torch.no_grad(), initializing(model, sum_over_ranks):
+            model(*(x.to(model.device) for x in (batch.images, batch.labels, noise)))
 
     def _make_state(self, model: MultiscaleFlow) -> TrainingState:
         settings = self.config.train

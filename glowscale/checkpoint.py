@@ -144,28 +144,42 @@ def load_model(run: Path, weights: str = "ema") -> tuple[MultiscaleFlow, Checkpo
     """Build the model of a run or checkpoint and load its averaged (or `model`) weights."""
     checkpoint = read_checkpoint(find_checkpoint(run), (weights,))
     state = checkpoint.state
-    config = state["config"]
-    model = build_model(
-        config["model"], tuple(state["image_shape"]), state["grey_levels"], len(state["classes"])
+    model = restore_model(
+        build_model(
+            state["config"]["model"],
+            tuple(state["image_shape"]),
+            state["grey_levels"],
+            len(state["classes"]),
+        ),
+        checkpoint.tensors[weights],
+        checkpoint.path / f"{weights}.safetensors",
     )
-    if config["train"]["precision"] == "float64":
+    return model, checkpoint
+
+
+def restore_model(
+    model: MultiscaleFlow, tensors: Mapping[str, Tensor], path: Path
+) -> MultiscaleFlow:
+    """Give a new model saved weights, their precision and a run's memory layout, for use.
+
+    Raises:
+        CheckpointError: if the tensors, from the file `path`, are not the model's.
+    """
+    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
         model.double()
-    load_tensors(model, checkpoint.tensors[weights], checkpoint.path / f"{weights}.safetensors")
-    return model.eval().to(memory_format=torch.channels_last), checkpoint
+    load_tensors(model, tensors, path)
+    return model.eval().to(memory_format=torch.channels_last)
 
 
 def load_tensors(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Load a state dict strictly, keeping the model's memory layout.
 
     Raises:
-        CheckpointError: if a tensor is missing, unknown or of another shape.
+        CheckpointError: if a tensor is missing, unknown or of another shape or type.
     """
-    expected = model.state_dict()
-    wrong = sorted(
-        key
-        for key in {**expected, **tensors}
-        if key not in tensors or key not in expected or expected[key].shape != tensors[key].shape
-    )
+    expected = {key: (x.shape, x.dtype) for key, x in model.state_dict().items()}
+    found = {key: (x.shape, x.dtype) for key, x in tensors.items()}
+    wrong = sorted(key for key in {**expected, **found} if expected.get(key) != found.get(key))
     if wrong:
         raise CheckpointError(
             f"{path} does not fit the model at {len(wrong)} tensors, the first being {wrong[0]!r}."

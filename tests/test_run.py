@@ -1,0 +1,172 @@
+"""What a user sees of a run and starts one from: warm starts, trackers, speed, shared folders."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from glowscale.checkpoint import CheckpointError
+from glowscale.config import parse_config
+from glowscale.distributed import LaunchError, start_accelerator
+from glowscale.errors import UserError
+from glowscale.pretrained import ImageModel
+from glowscale.training import RoundTripError, Trainer
+from tests.conftest import Runner, job_command, job_environment
+
+
+def train(config: dict[str, Any], **accelerator: Any) -> Trainer:  # noqa: ANN401
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = Trainer(parse_config(config), start_accelerator(**accelerator))
+    trainer.train()
+    trainer.accelerator.end_training()
+    return trainer
+
+
+def copy_with(config: dict[str, Any], run: Path, **train: Any) -> dict[str, Any]:  # noqa: ANN401
+    content = json.loads(json.dumps(config))
+    content["run"]["dir"] = str(run)
+    content["train"] |= train
+    return content
+
+
+def test_a_warm_start_begins_with_the_weights_of_a_run_or_a_published_model(
+    config_dict: dict[str, Any], tmp_path: Path
+) -> None:
+    first = train(copy_with(config_dict, tmp_path / "first", images=160))
+    ImageModel.from_run(tmp_path / "first").save_pretrained(tmp_path / "published")
+    weights = first.state.ema.model.state_dict()
+    for name in ("first", "published"):
+        run = tmp_path / f"from_{name}"
+        started = copy_with(config_dict, run, warm_start=str(tmp_path / name), images=16)
+        train(started)
+        begun = load_file(run / "checkpoints" / f"images-{0:012d}" / "model.safetensors")
+        assert begun.keys() == weights.keys()
+        assert all(torch.equal(begun[key], value) for key, value in weights.items())
+    (tmp_path / "first").rename(tmp_path / "gone")  # a resume does not need it any more
+    train({**started, "train": {**started["train"], "images": 32}})
+    other = copy_with(config_dict, tmp_path / "other", warm_start=str(tmp_path / "published"))
+    other["model"]["hidden_channels"] = 12
+    with pytest.raises(CheckpointError, match="published does not fit the model at"):
+        train(other)
+    nowhere = copy_with(config_dict, tmp_path / "lost", warm_start=str(tmp_path))
+    with pytest.raises(UserError, match="is neither a run with a checkpoint, nor"):
+        train(nowhere)
+
+
+def test_tensorboard_shows_curves_settings_and_samples_also_over_a_restart(
+    config_dict: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config_dict["log"] = {"every": 32, "trackers": ["tensorboard"]}
+    options = {"trackers": ["tensorboard"], "folder": run}
+    train(copy_with(config_dict, run, images=160), **options)
+    train(copy_with(config_dict, run, images=320), **options)
+    folder = next(path.parent for path in (run / "glowscale").glob("events*"))
+    events = EventAccumulator(str(folder), {"scalars": 0, "images": 0}).Reload()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for kind in ("train", "held_out"):
+        expected = {line["images"]: line["bits_per_dim"] for line in lines if line["kind"] == kind}
+        found = {event.step: event.value for event in events.Scalars(f"{kind}/bits_per_dim")}
+        assert found.keys() == expected.keys()
+        assert all(found[step] == pytest.approx(value) for step, value in expected.items())
+    for tag in ("train/gradient_norm", "train/images_per_second"):
+        assert all(event.value > 0 for event in events.Scalars(tag))
+    rates = [line["learning_rate"] for line in lines if line["kind"] == "train"]
+    assert [e.value for e in events.Scalars("train/learning_rate")] == pytest.approx(rates)
+    assert len(events.Scalars("held_out/prior_round_trip_error")) == 2
+    assert [event.step for event in events.Images("samples")] == [160, 160, 320, 320]
+    settings = next((run / "glowscale").glob("hparams.yml")).read_text()
+    assert "model.hidden_channels: 8" in settings
+
+
+def test_a_tracker_that_is_not_there_is_named() -> None:
+    with pytest.raises(LaunchError, match=r"log\.trackers names 'abacus', which is not installed"):
+        start_accelerator(trackers=["abacus"])
+
+
+def test_speed_is_noted_beside_the_metrics_not_in_them(
+    config_dict: dict[str, Any], tmp_path: Path
+) -> None:
+    train(config_dict)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "second" not in metrics
+    times = [
+        json.loads(line) for line in (tmp_path / "run" / "times.jsonl").read_text().splitlines()
+    ]
+    speeds = [line["images_per_second"] for line in times if line["kind"] == "train"]
+    assert len(speeds) == 7
+    whole = 320 / (times[-1]["seconds_since_start"])
+    assert all(speed > 0.5 * whole for speed in speeds)  # evaluations do not count
+
+
+def test_a_round_trip_beyond_its_limit_ends_the_run(
+    config_dict: dict[str, Any], tmp_path: Path
+) -> None:
+    config_dict["evaluate"] |= {"every": 16, "round_trip_limit": 1e-9}
+    with pytest.raises(RoundTripError, match=r"more than evaluate\.round_trip_limit=1e-09"):
+        train(config_dict)
+    config_dict["evaluate"]["round_trip_limit"] = 0.5
+    trainer = train(config_dict)
+    with torch.no_grad():
+        trainer.state.ema.model.levels[0].bijections[1].bijections[0].log_scale.fill_(-200)
+    broken = trainer.evaluate()
+    assert broken.round_trip_error == broken.prior_round_trip_error == float("inf")
+    assert broken.to_dict()["round_trip_error"] is None
+    with pytest.raises(RoundTripError, match="the round trip of images is off by inf"):
+        trainer._refuse_round_trip(broken)
+
+
+def test_the_final_figure_is_kept_in_the_run(config_dict: dict[str, Any], tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    evaluation = Trainer(parse_config(config_dict), Accelerator(cpu=True)).train()
+    kept = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert kept.pop("trained_images") == 320
+    assert kept == json.loads(json.dumps(evaluation.to_dict()))
+
+
+APART = """
+import os, runpy, sys
+from pathlib import Path
+import glowscale.training.lock as lock
+lock.refuse_unshared.__defaults__ = (1.0,)  # no network file system here that needs longer
+folder = Path(sys.argv.pop(1)) / os.environ["RANK"]
+folder.mkdir()
+os.chdir(folder)
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def test_a_run_folder_that_processes_do_not_share_is_refused(
+    config_dict: dict[str, Any], tmp_path: Path
+) -> None:
+    config_dict["run"]["dir"] = "a_run"  # below each process's own working folder
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_dict))
+    (tmp_path / "job.py").write_text(APART)
+    command = [*job_command(str(tmp_path / "job.py"), 2), tmp_path, job_command("train.py")[1]]
+    result = subprocess.run(
+        [*map(str, command), str(tmp_path / "c.yaml")],
+        env=job_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "run.dir must be on a file system that all share" in result.stderr
+    assert not list(tmp_path.glob("*/a_run/checkpoints"))
+
+
+def test_a_job_says_on_how_many_processes_it_trains(
+    config_dict: dict[str, Any], tmp_path: Path, run_job: Runner
+) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_dict))
+    result = run_job("train.py", tmp_path / "c.yaml", "train.images=16", processes=2)
+    assert result.stderr.count("training on 2 processes (cpu)") == 1
