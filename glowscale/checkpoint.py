@@ -56,21 +56,22 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint after `images` images, move the pointer to it, prune to `keep`."""
+    """Write the checkpoint after `images` images, move the pointer to it, prune to `keep`.
+
+    Raises:
+        CheckpointError: if it cannot be written; nothing of it is left, those before are whole.
+    """
     name = f"images-{images:012d}"
     partial = folder / (name + TEMPORARY)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for part, values in tensors.items():
-        plain = {key: value.detach().contiguous().cpu() for key, value in values.items()}
-        save_file(plain, partial / f"{part}.safetensors")
-    (partial / STATE).write_text(json.dumps(state, indent=1))
-    hashes = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
-    manifest = json.dumps({"format": FORMAT, "files": hashes}, indent=1)
-    (partial / MANIFEST).write_text(manifest)
-    for path in partial.iterdir():
-        sync(path)
-    sync(partial)
+    try:
+        partial.mkdir(parents=True)
+        _write_files(partial, tensors, state)
+    except (OSError, SafetensorError) as error:  # the disk is full, most likely
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder / name} cannot be written ({error}); the checkpoints before are whole."
+        ) from error
     target = folder / name
     shutil.rmtree(target, ignore_errors=True)  # one that was found damaged on resume
     os.replace(partial, target)
@@ -79,6 +80,22 @@ def save_checkpoint(
     write_atomically(folder / POINTER, json.dumps(pointer).encode())
     _prune(folder, target, keep)
     return target
+
+
+def _write_files(
+    folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint's files, the manifest of their hashes last, and make them durable."""
+    for part, values in tensors.items():
+        plain = {key: value.detach().contiguous().cpu() for key, value in values.items()}
+        save_file(plain, folder / f"{part}.safetensors")
+    (folder / STATE).write_text(json.dumps(state, indent=1))
+    hashes = {path.name: sha256_of(path) for path in sorted(folder.iterdir())}
+    manifest = json.dumps({"format": FORMAT, "files": hashes}, indent=1)
+    (folder / MANIFEST).write_text(manifest)
+    for path in folder.iterdir():
+        sync(path)
+    sync(folder)
 
 
 def read_checkpoint(path: Path, parts: tuple[str, ...] = TENSORS) -> Checkpoint:
@@ -206,7 +223,10 @@ def _read_manifest(path: Path) -> dict[str, str]:
             return dict(content["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest} is damaged: {error!r}.") from error
-    raise CheckpointError(f"{manifest} has the format {found!r}, not {FORMAT!r}.")
+    raise CheckpointError(
+        f"{manifest} has the format {found!r}, not {FORMAT!r}: another version of glowscale wrote "
+        f"it."
+    )
 
 
 def _read_pointer(folder: Path) -> dict[str, str]:

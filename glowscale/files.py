@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,20 @@ TEMPORARY = ".partial"
 """Suffix of what is not finished; nothing ever reads it."""
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within it, whatever the file system refuses names the file, also a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file beside its place, sync it, then rename it there."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")  # ranks may collide
-    with partial.open("wb") as file:
+    with naming(path), partial.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -26,7 +38,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def append_durably(path: Path, line: bytes) -> None:
     """Append a line to a file and sync it; a kill may leave half of it, without its line end."""
-    with path.open("ab") as file:
+    with naming(path), path.open("ab") as file:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -162,6 +163,33 @@ def run_job() -> Runner:
         return result
 
     return run
+
+
+Caller = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call_job(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Caller:
+    """Runs a job of pipelines/ within this process; its exit status, stdout and stderr.
+
+    Seconds faster than a process of its own, for what needs none.
+    """
+
+    def call(script: str, *arguments: object) -> tuple[int, str, str]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        path = str(ROOT / "pipelines" / script)
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        capfd.readouterr()
+        code, message = 0, ""
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:  # Python itself would print the message
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            message = end.code if isinstance(end.code, str) else ""
+        out, err = capfd.readouterr()
+        return code, out, err + message
+
+    return call
 
 
 def last_json(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:

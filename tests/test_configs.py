@@ -1,5 +1,6 @@
 """Every config of the repository: it parses, builds and takes a step."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from glowscale.distributed import start_accelerator
 from glowscale.models import build_model
 from glowscale.training import Trainer
 from glowscale.training.plan import activation_bytes
-from tests.conftest import ROOT, Runner, last_json, random_split, tiny_glow
+from tests.conftest import ROOT, Caller, Runner, last_json, random_split, tiny_glow
 
 SHAPES: dict[str, tuple[tuple[int, int, int], int]] = {
     "quickstart": ((1, 8, 8), 17),
     "fashion_mnist": ((1, 28, 28), 256),
     "cifar10_glow": ((3, 32, 32), 256),
+    "imagenet32_glow": ((3, 32, 32), 256),
+    "imagenet64_glow": ((3, 64, 64), 256),
+    "celeba_hq_256_glow": ((3, 256, 256), 32),
+    "my_images": ((3, 64, 64), 256),
 }
 """Image shape and grey levels of each config's data."""
 
@@ -34,19 +39,21 @@ def test_every_config_is_known_here() -> None:
 def test_config_takes_one_step_at_full_width(path: Path, tmp_path: Path) -> None:
     shape, grey_levels = SHAPES[path.stem]
     for name in ("train", "test"):
-        pack_split(random_split(name, 32, shape, grey_levels), tmp_path / "data" / name, 16)
-    lanes = load_config(path).data.lanes
+        pack_split(random_split(name, 8, shape, grey_levels), tmp_path / "data" / name, 16)
+    lanes = 4 if shape[-1] < 256 else 2
     config = load_config(
         path,
         [
             f"run.dir={tmp_path / 'run'}",
             f"data.dir={tmp_path / 'data'}",
+            f"data.lanes={lanes}",
+            "data.workers=0",
             "model.depth=1",
             f"train.batch={lanes}",
             f"train.images={lanes}",
             f"train.init_images={lanes}",
-            "train.micro_batch=null",
-            "evaluate.images=4",
+            "evaluate.images=2",
+            "evaluate.batch=2",
             "samples.count=2",
         ],
     )
@@ -58,6 +65,24 @@ def test_config_takes_one_step_at_full_width(path: Path, tmp_path: Path) -> None
     moved = [not torch.equal(a, b) for a, b in zip(before, parameters, strict=True)]
     # A network's inner layers wait until its zero-initialized last one has moved.
     assert sum(moved) > len(moved) / 3
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_config_dry_runs_at_full_depth(path: Path, tmp_path: Path, call_job: Caller) -> None:
+    shape, grey_levels = SHAPES[path.stem]
+    for name in ("train", "test"):
+        pack_split(random_split(name, 8, shape, grey_levels), tmp_path / name, 16)
+    code, out, err = call_job("train.py", path, f"data.dir={tmp_path}", "--dry-run", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    config = load_config(path)
+    assert facts["parameters"] > config.model.depth * config.model.hidden_channels**2
+    assert facts["steps"] == -(-config.train.images // config.train.batch)
+    assert facts["legal_processes"][-1] == config.data.lanes
+    assert f"steps: {facts['steps']:,}" in err
+    held = config.train.micro_batch or config.train.batch
+    kept = held * facts["activation_bytes_per_image"]
+    assert facts["memory_bytes"] == kept + 20 * facts["parameters"]
 
 
 def test_a_dry_run_tells_what_the_quickstart_would_take_and_touches_nothing(

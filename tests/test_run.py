@@ -83,7 +83,7 @@ def test_tensorboard_shows_curves_settings_and_samples_also_over_a_restart(
     assert [e.value for e in events.Scalars("train/learning_rate")] == pytest.approx(rates)
     assert len(events.Scalars("held_out/prior_round_trip_error")) == 2
     assert [event.step for event in events.Images("samples")] == [160, 160, 320, 320]
-    settings = next((run / "glowscale").glob("hparams.yml")).read_text()
+    settings = next((run / "glowscale").rglob("hparams.yml")).read_text()
     assert "model.hidden_channels: 8" in settings
 
 

@@ -16,7 +16,7 @@ from glowscale.data.journal import Journal, Part
 from glowscale.data.manifest import MANIFEST, Fingerprint, Manifest, Shard, load_manifest
 from glowscale.data.sources import Sample, Split
 from glowscale.data.tar import read_samples
-from glowscale.files import TEMPORARY, claim_folder, sha256_of, sync
+from glowscale.files import TEMPORARY, claim_folder, naming, sha256_of, sync
 from glowscale.randomness import generator
 
 NOTE = "packing.json"
@@ -141,7 +141,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, list[int]
     The bytes depend on the samples alone, and the file appears whole or not at all.
     """
     partial = path.with_name(path.name + TEMPORARY)
-    with partial.open("wb") as file:
+    with naming(path), partial.open("wb") as file:
         writer = webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="")
         for sample in samples:
             label = {} if sample.label is None else {"cls": str(sample.label).encode()}

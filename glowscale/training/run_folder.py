@@ -12,7 +12,7 @@ from glowscale.checkpoint import Checkpoint, resume_checkpoint, save_checkpoint
 from glowscale.config import Config, ConfigError, differences
 from glowscale.data import Manifest
 from glowscale.evaluation import Evaluation
-from glowscale.files import sync, write_atomically
+from glowscale.files import naming, sync, write_atomically
 from glowscale.training.state import TrainingState
 
 FREE_KEYS = (
@@ -142,5 +142,5 @@ def _append(path: Path, record: dict[str, Any]) -> None:
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in record.items()
     }
-    with path.open("a") as file:
+    with naming(path), path.open("a") as file:
         file.write(json.dumps(plain) + "\n")

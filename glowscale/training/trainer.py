@@ -27,7 +27,7 @@ from glowscale.models import MultiscaleFlow, build_model
 from glowscale.pictures import save_curves
 from glowscale.pretrained import load
 from glowscale.randomness import derived_seed
-from glowscale.sampling import save_preview
+from glowscale.sampling import BLOCK, save_preview
 from glowscale.training.diagnosis import Diagnosis
 from glowscale.training.lock import RunLock, refuse_unshared
 from glowscale.training.optimizer import build_optimizer
@@ -220,6 +220,7 @@ class Trainer:
             settings.count,
             self.config.run.seed,
             settings.temperature,
+            block=min(settings.count, BLOCK),
         )
         grid = np.asarray(Image.open(self.folder.path / name))
         log_picture(self.accelerator, "samples", grid, self.state.images)
