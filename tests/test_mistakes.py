@@ -115,9 +115,7 @@ def test_no_disk(trained: Path, tmp_path: Path, call_job: Caller) -> None:
     times.unlink()
     times.symlink_to("/dev/full")  # the kernel's own full disk
     full = call_job("train.py", trained, "train.images=48", "log.every=16")
-    assert_sentence(
-        full, r".*/times\.jsonl: No space left on device\.", "No space left on device"
-    )
+    assert_sentence(full, r".*/times\.jsonl: No space left on device\.", "No space left on device")
 
 
 def test_two_trainers_in_one_folder(trained: Path, tmp_path: Path, call_job: Caller) -> None:
