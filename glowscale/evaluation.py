@@ -14,8 +14,10 @@ from glowscale.distributed import sum_over_ranks
 from glowscale.models import MultiscaleFlow
 from glowscale.sampling import labels_of
 
-PRIOR_SAMPLES = 16
-"""Samples whose round trip is measured; fewer where a block is smaller."""
+ROUND_TRIPS = 8
+"""Images, and samples, whose round trip is measured."""
+HISTOGRAM_BYTES = 1 << 28
+"""Memory for the images that a histogram counts at once."""
 
 
 def bits_per_dim(log_prob: Tensor, dimensions: int) -> Tensor:
@@ -48,7 +50,7 @@ class Evaluation:
     fingerprint: str
     """Of the whole data set that the images are the first of."""
     round_trip_error: float
-    """Largest |decode(encode(x)) − x| over the first block of images, in grey levels."""
+    """Largest |decode(encode(x)) − x| over the first few images, in grey levels."""
     prior_round_trip_error: float
     """The same over samples of the model at temperature 1, values beyond the grey levels counting
     as the nearest one; infinite where they are not finite."""
@@ -111,11 +113,10 @@ def evaluate(
         scores = _score_blocks(model, shards, count, batch, starts, seed, importance_samples)
         errors = torch.zeros(2, dtype=torch.float64, device=model.device)
         if rank == 0:
-            block = shards.read_batch(0, min(batch, count))
+            block = shards.read_batch(0, min(ROUND_TRIPS, count))
             errors[0] = _round_trip_of(model, *_dequantized(model, block, seed))
-            errors[1] = _round_trip_of(
-                model, *_prior_samples(model, seed, min(batch, PRIOR_SAMPLES)), clamp=True
-            )
+            samples = _prior_samples(model, seed, ROUND_TRIPS)
+            errors[1] = _round_trip_of(model, *samples, clamp=True)
     model.train(was_training)
     log_prob, scored, labels = sum_over_ranks(scores).cpu()
     if not bool((scored == 1).all()):
@@ -207,9 +208,7 @@ def _prior_samples(model: MultiscaleFlow, seed: int, count: int) -> tuple[Tensor
     return model.decode(model.draw_latents(seed, indices), labels), labels
 
 
-def histogram_bits_per_dim(
-    train: ShardSet, held_out: ShardSet, most: int = 60_000, batch: int = 1000
-) -> float:
+def histogram_bits_per_dim(train: ShardSet, held_out: ShardSet, most: int = 60_000) -> float:
     """Held-out bits/dim of a histogram for every pixel, counted (plus one) on the training set.
 
     The simplest honest model of discrete pixels: what a flow must beat to have learned anything
@@ -219,8 +218,9 @@ def histogram_bits_per_dim(
         train: what is counted.
         held_out: what is scored.
         most: count at most the first so many training images, which lie in random order.
-        batch: images that are read at once.
     """
+    pixels = math.prod(train.manifest.image_shape)
+    batch = max(1, HISTOGRAM_BYTES // (8 * pixels))
     levels = train.manifest.grey_levels
     counts = torch.ones(levels, *train.manifest.image_shape, dtype=torch.float64)
     for block in _blocks(train, batch, min(most, train.manifest.samples)):

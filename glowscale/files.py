@@ -1,8 +1,10 @@
 """Writing files so that a kill or a full disk never leaves half of one under its name."""
 
+import fcntl
 import hashlib
 import json
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +23,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
         raise
 
 
@@ -63,27 +66,44 @@ class ClaimError(UserError):
     """A folder that belongs to other work; the message names it."""
 
 
-def claim_folder(folder: Path, note: str, job: dict[str, Any]) -> None:
+def claim_folder(folder: Path, note: str, job: dict[str, Any], begun: bool = True) -> None:
     """Note in a folder what is made there, so that only the same work is ever continued in it.
 
     Args:
         folder: made if need be.
         note: name of the JSON file that says what is made.
         job: what is made; plain values.
+        begun: whether anything has been made; if not, another claim gives way.
 
     Raises:
         ClaimError: if the folder holds other work's results, or tars that nobody claimed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / note
-    if not path.exists():
-        if any(folder.glob("*.tar")):
-            raise ClaimError(f"{folder} holds shards but no {note}; choose an empty folder.")
+    if not path.exists() and any(folder.glob("*.tar")):
+        raise ClaimError(f"{folder} holds shards but no {note}; choose an empty folder.")
+    if not path.exists() or not begun:
         write_atomically(path, json.dumps(job, indent=1).encode())
-    found = json.loads(path.read_bytes())
+    try:
+        found = dict(json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise ClaimError(f"{path} is damaged ({error}); choose another folder.") from error
     for key in {**found, **job}:
         if found.get(key) != job.get(key):
             raise ClaimError(
                 f"{folder} holds other work: its {key} is {found.get(key)!r}, not "
                 f"{job.get(key)!r}; choose another folder."
             )
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within it, no other process works in a folder; waits for one that does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "work.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that works in {folder}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from glowscale.errors import UserError
@@ -21,6 +22,13 @@ def job() -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "Interrupted; the same command goes on from the last checkpoint."
+        ) from None
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition(". ")[0]
+        raise SystemExit(f"Error: {first}; lower train.micro_batch or evaluate.batch.") from None
     except (UserError, OSError, SafetensorError) as error:
         rank = os.environ.get("RANK")
         where = f" on rank {rank}" if rank not in (None, "0") else ""

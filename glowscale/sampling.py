@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glowscale.data.sources import Sample
-from glowscale.data.writer import write_shard
+from glowscale.data.writer import encode, write_shard
 from glowscale.errors import UserError
 from glowscale.files import claim_folder
 from glowscale.models import MultiscaleFlow
@@ -18,6 +18,10 @@ from glowscale.pictures import save_grid
 JOB = "job.json"
 BLOCK = 50
 """Images that are computed together."""
+
+
+class NonFiniteSampleError(UserError):
+    """Samples of a model that blew up."""
 
 
 @torch.inference_mode()
@@ -38,13 +42,13 @@ def sample_images(
         label: class of a conditional model's images; if not given, they take turns by index.
 
     Raises:
-        UserError: if the model blew up, which would else pass for black pixels.
+        NonFiniteSampleError: if the model blew up, which would else pass for black pixels.
     """
     labels = torch.tensor(labels_of(model, indices, label), device=model.device)
     images = model.decode(model.draw_latents(seed, indices, temperature), labels)
     finite = images.isfinite().flatten(1).all(1).tolist()
     if not all(finite):
-        raise UserError(
+        raise NonFiniteSampleError(
             f"Sample {indices[finite.index(False)]} of seed {seed} is not finite; lower the "
             f"temperature from {temperature}, or train longer."
         )
@@ -133,8 +137,8 @@ def generate(
                 continue
             images = sample_blocks(model, seed, indices, temperature, block, label).numpy()
             rows = zip(indices, images, labels_of(model, indices, label), strict=True)
-            samples = [Sample(f"{i:09d}", x, y if y >= 0 else None) for i, x, y in rows]
-            write_shard(path, samples)
+            samples = (Sample(f"{i:09d}", x, y if y >= 0 else None) for i, x, y in rows)
+            write_shard(path, map(encode, samples))
             progress.update(len(indices))
     return [path for path, _ in shards]
 

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from glowscale.config import parse_source, sources
-from glowscale.data import Packed, make_shards
+from glowscale.data import SOURCES, Packed, make_shards
 from glowscale.jobs import job, positive, report, say
+
+PACKING = ("shard_size", "seed", "workers")
+"""Options that are not the source's own."""
 
 
 def main() -> None:
     """Open the source, pack or index its splits, tell what they hold."""
     options = vars(parse_arguments())
     kind, out, as_json = (options.pop(key) for key in ("source", "out", "json"))
-    shard_size, seed, workers = (options.pop(key) for key in ("shard_size", "seed", "workers"))
+    packing = {key: options.pop(key) for key in PACKING if key in options}
     with job():
         given = {name: value for name, value in options.items() if value is not None}
-        packed = make_shards(kind, parse_source(kind, given), out, shard_size, seed, workers)
+        packed = make_shards(kind, parse_source(kind, given), out, **packing)
         for name, split in packed.items():
             say(f"{out / name}: {describe(split)}")
         if as_json:
@@ -59,8 +62,9 @@ def parse_arguments() -> argparse.Namespace:
         for key, (text, required) in keys.items():
             option = f"--{key.replace('_', '-')}"
             source.add_argument(option, dest=key, required=required, help=text, metavar="VALUE")
-        source.add_argument("--shard-size", type=positive, default=10_000, help="images a shard")
-        source.add_argument("--seed", type=int, default=0, help="seed of the packing order")
+        if kind in SOURCES:  # others are not packed
+            source.add_argument("--shard-size", type=positive, default=10_000, help="images each")
+            source.add_argument("--seed", type=int, default=0, help="seed of the packing order")
         source.add_argument("--workers", type=positive, default=2, help="threads that read images")
         source.add_argument("--json", action="store_true", help="end with JSON on stdout")
     return parser.parse_args()

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
-from glowscale.config import Config, describe, load_config
-from glowscale.data import load_manifest, make_shards, open_source
+from glowscale.config import Config, ConfigError, describe, load_config
+from glowscale.data import Manifest, load_manifest, make_shards, open_source
 from glowscale.data.manifest import MANIFEST
 from glowscale.distributed import failing_together, start_accelerator
 from glowscale.evaluation import histogram_bits_per_dim
@@ -53,7 +53,9 @@ def pack_if_missing(config: Config, accelerator: Accelerator) -> None:
     with failing_together():
         if accelerator.is_main_process and config.data.source and not is_packed(config):
             kind, arguments = source_of(config)
-            make_shards(kind, arguments, config.data.dir, config.data.shard_size)
+            workers = max(1, config.data.workers)
+            make_shards(kind, arguments, config.data.dir, config.data.shard_size, workers=workers)
+    packed_manifest(config)
 
 
 def is_packed(config: Config) -> bool:
@@ -71,10 +73,18 @@ def source_of(config: Config) -> tuple[str, dict[str, Any]]:
 def plan_run(config: Config) -> dict[str, Any]:
     """What the run would take, from the packed data or, before packing, from their source."""
     if config.data.source and not is_packed(config):
-        splits = {split.name: split for split in open_source(*source_of(config))}
+        kind, arguments = source_of(config)
+        if kind == "torchvision":
+            arguments["download"] = False  # a dry run fetches nothing
+        splits = {split.name: split for split in open_source(kind, arguments)}
+        if config.data.train_split not in splits:
+            raise ConfigError(
+                f"The source has the splits {', '.join(splits)}, not data.train_split="
+                f"{config.data.train_split!r}."
+            )
         split = splits[config.data.train_split]
         return plan(config, split.image_shape, split.grey_levels, len(split.classes), split.size)
-    manifest = load_manifest(config.data.dir / config.data.train_split)
+    manifest = packed_manifest(config)
     return plan(
         config,
         manifest.image_shape,
@@ -82,6 +92,19 @@ def plan_run(config: Config) -> dict[str, Any]:
         len(manifest.classes),
         manifest.samples,
     )
+
+
+def packed_manifest(config: Config) -> Manifest:
+    """Manifest of the training data; ConfigError where it is not what the source would give."""
+    manifest = load_manifest(config.data.dir / config.data.train_split)
+    wanted = getattr(config.data.source, "resolution", None)
+    if wanted and manifest.image_shape[1:] != (wanted, wanted):
+        height, width = manifest.image_shape[1:]
+        raise ConfigError(
+            f"data.source.resolution is {wanted}, but {config.data.dir} holds images of "
+            f"{height}×{width} already; choose another data.dir."
+        )
+    return manifest
 
 
 def parse_arguments() -> argparse.Namespace:

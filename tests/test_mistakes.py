@@ -188,3 +188,51 @@ def test_one_process_too_many(config: Path, run_job: Runner) -> None:
     )
     assert re.search(rf"^Error( on rank \d)?: {sentence}$", result.stderr, re.MULTILINE)
     assert "cannot share" in troubleshooting()
+
+
+ODD: dict[str, tuple[list[str], str]] = {
+    "levels": (["model.levels=9", "--dry-run"], "cannot be halved 9 times"),
+    "source": (
+        ["data.source={kind: digits}", "data.train_split=all", "data.dir=NEW", "--dry-run"],
+        "The source has the splits train, test, not data.train_split='all'",
+    ),
+    "resolution": (
+        ["data.source={kind: folder, path: x, resolution: 64}"],
+        "data.source.resolution is 64, but .* holds images of 8×8 already",
+    ),
+    "torchvision": (
+        [
+            "data.source={kind: torchvision, dataset: MNIST, root: NEW}",
+            "data.dir=NEW",
+            "--dry-run",
+        ],
+        "MNIST cannot be read from",
+    ),
+    "number": (["run.dir=2024", "train.lr=3"], r"Unknown config key 'train\.lr'"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_other_mistakes_end_in_a_sentence_too(
+    name: str, config: Path, tmp_path: Path, call_job: Caller
+) -> None:
+    arguments, sentence = ODD[name]
+    given = [x.replace("NEW", str(tmp_path / "new")) for x in arguments]
+    code, _, err = call_job("train.py", config, *given)
+    assert code == 1
+    assert re.search(f"Error: .*{sentence}", err.splitlines()[-1]), err
+    assert not (tmp_path / "new").exists()
+
+
+def test_options_of_sources_that_do_not_fit_are_named(tmp_path: Path, call_job: Caller) -> None:
+    folder = ["folder", tmp_path / "out", "--path", tmp_path]
+    code, _, err = call_job("make_shards.py", *folder, "--resolution", "many")
+    assert code == 1
+    assert err.endswith(
+        "Error: The option 'resolution' is 'many'; it must be a valid integer, "
+        "unable to parse string as an integer."
+    )
+    code, _, err = call_job("make_shards.py", *folder[:2], "--path", "2024", "--resolution", 8)
+    assert err.endswith("Error: There is no folder 2024.")
+    shards = ["shards", tmp_path / "out", "--path", tmp_path, "--seed", 3]
+    assert call_job("make_shards.py", *shards)[0] == 2  # they are not packed

@@ -13,13 +13,13 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from glowscale.checkpoint import CheckpointError
 from glowscale.config import parse_config
+from glowscale.data.writer import pack_split
 from glowscale.distributed import LaunchError, start_accelerator
 from glowscale.errors import UserError
 from glowscale.pretrained import ImageModel
 from glowscale.training import RoundTripError, Trainer
-from tests.conftest import Runner, job_command, job_environment
+from tests.conftest import Runner, job_command, job_environment, random_split
 
 
 def train(config: dict[str, Any], **accelerator: Any) -> Trainer:  # noqa: ANN401
@@ -53,9 +53,13 @@ def test_a_warm_start_begins_with_the_weights_of_a_run_or_a_published_model(
     (tmp_path / "first").rename(tmp_path / "gone")  # a resume does not need it any more
     train({**started, "train": {**started["train"], "images": 32}})
     other = copy_with(config_dict, tmp_path / "other", warm_start=str(tmp_path / "published"))
-    other["model"]["hidden_channels"] = 12
-    with pytest.raises(CheckpointError, match="published does not fit the model at"):
-        train(other)
+    for key, value in (("hidden_channels", 12), ("scale", "sigmoid")):
+        other["model"][key] = value
+        with pytest.raises(
+            UserError, match=rf"weights .* of a model with {key} .*, not {value!r}"
+        ):
+            train(other)
+        other["model"] = dict(config_dict["model"])
     nowhere = copy_with(config_dict, tmp_path / "lost", warm_start=str(tmp_path))
     with pytest.raises(UserError, match="is neither a run with a checkpoint, nor"):
         train(nowhere)
@@ -138,16 +142,20 @@ from pathlib import Path
 import glowscale.training.lock as lock
 lock.refuse_unshared.__defaults__ = (1.0,)  # no network file system here that needs longer
 folder = Path(sys.argv.pop(1)) / os.environ["RANK"]
-folder.mkdir()
 os.chdir(folder)
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
-def test_a_run_folder_that_processes_do_not_share_is_refused(
-    config_dict: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("apart", ["run", "data"])
+def test_folders_that_processes_do_not_share_are_refused(
+    apart: str, config_dict: dict[str, Any], tmp_path: Path
 ) -> None:
-    config_dict["run"]["dir"] = "a_run"  # below each process's own working folder
+    for rank in (0, 1):  # below each process's own working folder
+        (tmp_path / str(rank)).mkdir()
+        for name, size in (("train", 40 + 8 * rank), ("test", 8)):
+            pack_split(random_split(name, size), tmp_path / str(rank) / "some_data" / name, 50)
+    config_dict[apart]["dir"] = f"some_{apart}"
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_dict))
     (tmp_path / "job.py").write_text(APART)
     command = [*job_command(str(tmp_path / "job.py"), 2), tmp_path, job_command("train.py")[1]]
@@ -160,8 +168,12 @@ def test_a_run_folder_that_processes_do_not_share_is_refused(
         check=False,
     )
     assert result.returncode != 0
-    assert "run.dir must be on a file system that all share" in result.stderr
-    assert not list(tmp_path.glob("*/a_run/checkpoints"))
+    sentences = {
+        "run": "run.dir must be on a file system that all share",
+        "data": "The processes see different data (rank 0: ",
+    }
+    assert sentences[apart] in result.stderr
+    assert not list(tmp_path.rglob("checkpoints"))
 
 
 def test_a_job_says_on_how_many_processes_it_trains(

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from glowscale.data.manifest import Fingerprint, load_manifest
 from glowscale.data.sources import Sample
 from glowscale.data.writer import pack, pack_split
 from glowscale.files import TEMPORARY, ClaimError, sha256_of
-from tests.conftest import Runner, last_json, random_split
+from tests.conftest import Runner, job_command, job_environment, last_json, random_split
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +91,14 @@ def test_packing_again_gives_the_same_bytes_and_does_nothing_twice(tmp_path: Pat
     split = random_split("train", 50)
     first = pack_split(split, tmp_path / "a", 20)
     assert pack_split(split, tmp_path / "b", 20) == first
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
+
+    def times() -> dict[Path, int]:
+        files = (tmp_path / "a").iterdir()
+        return {x: x.stat().st_mtime_ns for x in files if x.name != "work.lock"}
+
+    stamps = times()
     assert pack_split(split, tmp_path / "a", 20) == first._replace(already=True)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()} == stamps
+    assert times() == stamps
 
 
 def test_the_fingerprint_tells_the_samples_not_their_packing(tmp_path: Path) -> None:
@@ -140,14 +146,33 @@ def test_an_interrupted_packing_continues_after_its_last_whole_shard(tmp_path: P
     del read[:]
     assert pack_split(replace(split, sample=counting), tmp_path / "cut", 10) == whole
     assert len(read) == 20  # of 50: three shards were whole
-    for path in (tmp_path / "whole").iterdir():
+    for path in (tmp_path / "whole").glob("[!w]*"):
         assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_source_that_has_changed_is_not_mixed_with_what_is_packed(tmp_path: Path) -> None:
-    pack_split(random_split("train", 50), tmp_path, 20)
+    split = random_split("train", 50)
+    pack_split(split, tmp_path, 20)
     with pytest.raises(ClaimError, match="its size is 50, not 51"):
         pack_split(random_split("train", 51), tmp_path, 20)
+    with pytest.raises(ClaimError, match="its files is '', not 'others'"):
+        pack_split(replace(split, identity="others"), tmp_path, 20)
+
+
+def test_of_two_packers_in_one_folder_one_waits_for_the_other(tmp_path: Path) -> None:
+    write_idx(tmp_path, zipped=False)
+    command = [*job_command("make_shards.py"), "idx", tmp_path / "out", "--path", tmp_path]
+    command += ["--shard-size", "1", "--json"]
+    jobs = [
+        subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, text=True, env=job_environment()
+        )
+        for _ in range(3)
+    ]
+    facts = [json.loads(job.communicate(timeout=120)[0]) for job in jobs]
+    assert facts[0] == facts[1] == facts[2]
+    assert facts[0]["train"]["images"] == ShardSet(tmp_path / "out" / "train").manifest.samples
+    assert len(ShardSet(tmp_path / "out" / "train").read_batch(0, 12).ids) == 12
 
 
 def write_idx(folder: Path, zipped: bool) -> np.ndarray:

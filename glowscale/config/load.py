@@ -27,7 +27,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     if not path.is_file():
         raise ConfigError(f"There is no config {path}.")
-    content = _parse_yaml(path.read_text(), str(path))
+    try:
+        content = _parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text in UTF-8 ({error}).") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping of sections, not {type(content).__name__}.")
     for override in overrides:
@@ -44,14 +47,14 @@ def parse_config(content: Mapping[str, Any]) -> Config:
 
 
 def parse_source(kind: str, values: Mapping[str, str]) -> dict[str, Any]:
-    """A source's arguments from options of a command line, whose values are YAML; ConfigError.
+    """A source's arguments from options of a command line, `null` for None; ConfigError.
 
     >>> parse_source("digits", {"held_out": "100"})
     {'held_out': 100}
     """
-    content = {name: _parse_yaml(text, f"The option {name!r}") for name, text in values.items()}
+    content = {name: None if text == "null" else text for name, text in values.items()}
     try:
-        source = TypeAdapter(Source).validate_python({"kind": kind, **content})
+        source = TypeAdapter(Source).validate_python({"kind": kind, **content}, strict=False)
     except ValidationError as error:
         first = error.errors()[0]
         name = first["loc"][-1]

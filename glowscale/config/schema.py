@@ -3,11 +3,20 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_validator,
+)
 
 FilePath = Annotated[
     Path,
     Field(strict=False),
+    BeforeValidator(lambda value: str(value) if isinstance(value, (int, float)) else value),
     AfterValidator(Path.expanduser),
     PlainSerializer(str, when_used="json"),
 ]

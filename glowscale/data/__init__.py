@@ -53,7 +53,7 @@ def make_shards(
     kind: str,
     arguments: Mapping[str, Any],
     out: Path,
-    shard_size: int,
+    shard_size: int = 10_000,
     seed: int = 0,
     workers: int = 1,
 ) -> dict[str, Packed]:

@@ -2,25 +2,26 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from glowscale.data.errors import DataError, ShardError, UnreadableError
 from glowscale.data.journal import Journal, Part, classes_of
-from glowscale.data.layout import IMAGE_EXTENSIONS, Layout
+from glowscale.data.layout import IMAGE_EXTENSIONS, Layout, split_label
 from glowscale.data.manifest import MANIFEST, Fingerprint, Manifest, Shard, load_manifest
-from glowscale.data.sources import is_held_out
+from glowscale.data.sources import files_below, identity_of, is_held_out
 from glowscale.data.tar import RawSample, read_samples
 from glowscale.data.view import View
 from glowscale.data.writer import Packed, read_all
-from glowscale.files import claim_folder
+from glowscale.files import alone_in, claim_folder
 
 NOTE = "index.json"
 WINDOW = 256
@@ -72,23 +73,27 @@ def index_shards(
         ClaimError: if `out` holds something else.
     """
     root = path.resolve()
-    shards = sorted(root.rglob("*.tar")) if root.is_dir() else []
+    shards = sorted(file for file in files_below(root) if file.suffix == ".tar")
     if not shards:
         raise DataError(f"{path} is no folder with WebDataset shards (*.tar) in it.")
+    if label is not None and split_label(label) == ("json", ""):
+        raise DataError("The label 'json' names no field; give json.FIELD.")
     names = (image.lower().lstrip("."),) if image else IMAGE_EXTENSIONS
     layout = Layout(names, label, by_name=True, view=View(resolution, channels, grey_levels))
-    shares = {split: 1.0} if split else {"train": 1 - held_out, "test": held_out}
-    task = _Task(
-        path.resolve(), layout, [name for name, share in shares.items() if share], held_out
-    )
-    journals = task.claim(out)
-    already = all((out / name / MANIFEST).exists() for name in journals)
-    if not already:
-        task.run(shards, list(journals.values()), workers)
-    return {
-        name: Packed(load_manifest(out / name), journal.skipped, already)
-        for name, journal in journals.items()
-    }
+    splits = [split] if split else ["train", "test"] if held_out else ["train"]
+    task = _Task(root, layout, splits, held_out)
+    with ExitStack() as held:
+        for name in splits:
+            held.enter_context(alone_in(out / name))
+        journals = {name: Journal(out / name) for name in splits}
+        task.claim(out, journals, shards)
+        already = all((out / name / MANIFEST).exists() for name in journals)
+        if not already:
+            task.run(shards, list(journals.values()), workers)
+        return {
+            name: Packed(load_manifest(out / name), journal.skipped, already)
+            for name, journal in journals.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,19 @@ class _Task:
     splits: list[str]
     held_out: float
 
-    def claim(self, out: Path) -> dict[str, Journal]:
-        """The journals of the splits, in folders that hold nothing else."""
-        job = {"path": str(self.root), "held_out": self.held_out, **asdict(self.layout)}
+    def claim(self, out: Path, journals: Mapping[str, Journal], shards: list[Path]) -> None:
+        """Claim the splits' folders for these shards."""
+        files = identity_of((str(x.relative_to(self.root)), x.stat().st_size) for x in shards)
+        job = {
+            "path": str(self.root),
+            "files": files,
+            "splits": self.splits,
+            "held_out": self.held_out,
+            **json.loads(json.dumps(asdict(self.layout))),
+        }
+        begun = any(journal.parts for journal in journals.values())
         for name in self.splits:
-            claim_folder(out / name, NOTE, json.loads(json.dumps(job)))
-        return {name: Journal(out / name) for name in self.splits}
+            claim_folder(out / name, NOTE, job, begun)
 
     def run(self, shards: list[Path], journals: list[Journal], workers: int) -> None:
         """Index the shards that a journal lacks, then write the manifests."""
@@ -123,6 +135,8 @@ class _Task:
                             journal.add(part)
                 progress.update(ends[number] - progress.n)
         classes = classes_of(part for journal in journals for part in journal.parts)
+        if not classes and self.layout.label not in (None, "cls"):
+            raise DataError(f"No sample below {self.root} has a label {self.layout.label!r}.")
         view = self.layout.view or View()
         for name, journal in zip(self.splits, journals, strict=True):
             if not any(part.offsets for part in journal.parts):
@@ -147,7 +161,7 @@ class _Task:
             samples = _refuse_duplicates(read_samples(hashing, str(shard)), shard)
             while window := list(islice(samples, WINDOW)):
                 for split in self.splits:
-                    mine = [s for s in window if self._split_of(f"{name}/{s.key}") == split]
+                    mine = [s for s in window if self._split_of(s.key) == split]
                     found, unread = read_all(mine, read, pool, progress, _bytes_of)
                     facts[split] += found
                     skipped[split] += unread
@@ -164,15 +178,15 @@ class _Task:
             for split in self.splits
         ]
 
-    def _split_of(self, name: str) -> str:
-        return self.splits[-1 if is_held_out(name, self.held_out) else 0]
+    def _split_of(self, key: str) -> str:
+        return self.splits[-1 if is_held_out(key, self.held_out) else 0]
 
     def _read(self, sample: RawSample, shape: Shape, where: str) -> Facts:
+        image = self._read_image(sample, where)
         try:
-            image = self.layout.read_image(sample.files)
             class_name = self.layout.read_label(sample.files)
-        except DataError as error:
-            raise type(error)(f"{where}: {error}.") from error
+        except UnreadableError as error:
+            raise UnreadableError(f"{where}: {error}.") from error
         if image.shape != shape:
             raise DataError(
                 f"{where} has the shape {image.shape}, others {shape}; give a resolution that all "
@@ -182,13 +196,20 @@ class _Task:
         fingerprint.add(sample.key, class_name, image)
         return Facts(sample.offset, class_name, fingerprint.hexdigest())
 
+    def _read_image(self, sample: RawSample, where: str) -> np.ndarray:
+        try:
+            return self.layout.read_image(sample.files)
+        except DataError as error:
+            raise type(error)(f"{where}: {error}.") from error
+
     def _first_shape(self, shards: list[Path]) -> Shape:
         """Shape of the first image that can be read."""
         for shard in shards:
             with shard.open("rb") as file:
                 for sample in read_samples(file, str(shard)):
+                    where = f"{shard}, sample {sample.key!r}"
                     with suppress(UnreadableError):
-                        channels, height, width = self.layout.read_image(sample.files).shape
+                        channels, height, width = self._read_image(sample, where).shape
                         return channels, height, width
         raise DataError(f"No sample below {self.root} has an image that can be read.")
 

@@ -1,13 +1,31 @@
 """A tree of image files as a source."""
 
+import sys
 from collections import Counter
 from pathlib import Path
 
-from PIL import Image
-
 from glowscale.data.errors import DataError, UnreadableError
-from glowscale.data.sources import Sample, Split, part_keys
+from glowscale.data.sources import Sample, Split, files_below, identity_of, part_keys
 from glowscale.data.view import View
+
+EXTENSIONS = frozenset(
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jp2",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+)
+"""Files with these extensions, in any case, are taken for images."""
 
 
 def folder(
@@ -38,6 +56,7 @@ def folder(
     files = _image_files(path)
     if not files:
         raise DataError(f"{path} and its sub-folders hold no file with an image's extension.")
+    identity = identity_of((str(x.relative_to(path)), x.stat().st_size) for x in files)
     keys = [_key(file.relative_to(path)) for file in files]
     _refuse_duplicates(keys, files)
     classes = tuple(sorted({key.split("/")[0] for key in keys if "/" in key}))
@@ -52,27 +71,34 @@ def folder(
             except UnreadableError as error:
                 raise UnreadableError(f"{file}: {error}") from error
 
-        origin = f"folder {path.name!r} ({view}), {held_out:g} held out"
+        part = "" if split else f", {held_out:g} held out"
+        origin = f"folder {path.name!r} ({view}){part}"
         shape = (channels, resolution, resolution)
-        return Split(name, origin, shape, grey_levels, classes, len(indices), sample)
+        return Split(name, origin, shape, grey_levels, classes, len(indices), sample, identity)
 
     return [make(*part) for part in part_keys(keys, split, held_out).items()]
 
 
 def _image_files(path: Path) -> list[Path]:
-    extensions = Image.registered_extensions()
-    return sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in extensions
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
+    """The images of a tree; what else lies there is counted and told."""
+    others: Counter[str] = Counter()
+    found = []
+    for file in files_below(path):
+        if file.suffix.lower() in EXTENSIONS:
+            found.append(file)
+        else:
+            others[file.suffix.lower() or "no extension"] += 1
+    if others:
+        counts = ", ".join(f"{count} of {suffix}" for suffix, count in others.most_common())
+        print(f"passed over what has no image's extension: {counts}", file=sys.stderr)
+    return sorted(found)
 
 
 def _key(relative: Path) -> str:
     """A key without dots in its base name, where WebDataset would see an extension."""
-    return relative.with_name(relative.name.replace(".", "_")).as_posix()
+    plain = relative.as_posix().encode(errors="backslashreplace").decode()
+    folder, slash, name = plain.rpartition("/")
+    return folder + slash + name.replace(".", "_")
 
 
 def _refuse_duplicates(keys: list[str], files: list[Path]) -> None:

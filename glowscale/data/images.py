@@ -88,7 +88,9 @@ def _decode_plain(data: bytes) -> np.ndarray | None:
     if kind > UP or (rows[:, 0] != kind).any():
         return None
     pixels = rows[:, 1:].reshape(height, width, channels)
-    if kind != NONE:
+    if kind == NONE:
+        pixels = pixels.copy()  # the bytes themselves cannot be written to
+    else:
         pixels = np.add.accumulate(pixels, axis=0 if kind == UP else 1, dtype=np.uint8)
     return pixels.transpose(2, 0, 1)
 

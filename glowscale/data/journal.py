@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from glowscale.data.errors import DataError
 from glowscale.data.manifest import Fingerprint, Manifest, Shard, save_offsets
 from glowscale.files import append_durably, write_atomically
 
@@ -44,7 +45,10 @@ class Journal:
             whole = [line for line in lines if line.endswith(b"\n")]  # a kill may cut the last
             if len(whole) < len(lines):
                 write_atomically(self.path, b"".join(whole))
-            self.parts = [_part(json.loads(line)) for line in whole]
+            try:
+                self.parts = [_part(json.loads(line)) for line in whole]
+            except (ValueError, TypeError, KeyError) as error:
+                raise DataError(f"{self.path} is damaged ({error!r}); pack again.") from error
 
     def add(self, part: Part) -> None:
         """Note a finished shard; it counts from here on."""
@@ -78,7 +82,7 @@ class Journal:
 def classes_of(parts: Iterable[Part]) -> tuple[str, ...]:
     """The classes that occur: 0 to the largest where all are small numbers, else their names."""
     names = {name for part in parts for name in part.classes}
-    numbers = [int(name) for name in names if name.isdecimal()]
+    numbers = [int(name) for name in names if name.isdecimal() and name == str(int(name))]
     if numbers and len(numbers) == len(names) and max(numbers) < MOST_NUMBERS:
         return tuple(str(number) for number in range(max(numbers) + 1))
     return tuple(sorted(names))

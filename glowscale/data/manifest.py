@@ -14,17 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from glowscale.data.errors import DataError
 from glowscale.data.layout import PACKED, Layout
+from glowscale.data.opening import Source, is_url, join
 from glowscale.data.view import View
 from glowscale.files import write_atomically
 
 FORMAT = "glowscale shards 1"
 MANIFEST = "manifest.json"
 OFFSETS = "offsets.safetensors"
+WORD = 8
+"""Bytes of an offset."""
+MOST_HEADER = 10_000
+"""Bytes that the header of the offsets has at most."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +80,18 @@ class Manifest:
         write_atomically(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a split.
+def load_manifest(folder: str | Path) -> Manifest:
+    """Read the manifest of a split, from its folder's path or URL.
 
     Raises:
         DataError: if there is none, or it is damaged or of another format.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    path = join(str(folder), MANIFEST)
+    if not is_url(path) and not Path(path).is_file():
         raise DataError(f"{folder} has no {MANIFEST}; pack images with pipelines/make_shards.py.")
     try:
-        content = json.loads(path.read_bytes())
+        with Source(path) as source:
+            content = json.loads(source.read())
         if content["format"] != FORMAT:
             raise DataError(f"{path} has the format {content['format']!r}, not {FORMAT!r}.")
         return Manifest(
@@ -110,20 +115,43 @@ def save_offsets(folder: Path, offsets: list[int]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def load_offsets(folder: Path, start: int, stop: int) -> list[int]:
-    """Bytes at which the samples with ids start to stop begin in their shards; reads no others.
+class Offsets:
+    """Where the samples of a split start in their shards, read by ranges of ids.
 
-    Raises:
-        DataError: if the file of offsets is missing or damaged.
+    Args:
+        folder: the split's, a path or URL.
+        samples: of the split.
     """
-    try:
-        with safe_open(folder / OFFSETS, "numpy") as file:
-            offsets: list[int] = file.get_slice("offsets")[start:stop].tolist()
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder / OFFSETS} cannot be read ({error}); pack again.") from error
-    if len(offsets) < stop - start:
-        raise DataError(f"{folder / OFFSETS} ends before sample {stop - 1}; pack again.")
-    return offsets
+
+    def __init__(self, folder: str, samples: int) -> None:
+        self.location = join(folder, OFFSETS)
+        self.samples = samples
+        self._start: int | None = None
+
+    def read(self, start: int, stop: int) -> list[int]:
+        """Bytes at which the samples with ids start to stop (not included) begin.
+
+        Raises:
+            DataError: if the file is missing, damaged, or of another number of samples.
+        """
+        if self._start is None:
+            self._start = self._read_header()
+        size = self._start + WORD * self.samples
+        with Source(self.location, self._start + WORD * start, size) as source:
+            data = source.read(WORD * (stop - start))
+        return np.frombuffer(data, "<i8").tolist()
+
+    def _read_header(self) -> int:
+        """Where the numbers start: safetensors begins with the length of its JSON header."""
+        with Source(self.location) as source:
+            length = int.from_bytes(source.read(WORD), "little")
+            content = source.read(min(length, MOST_HEADER))
+        try:
+            if json.loads(content)["offsets"]["shape"] == [self.samples]:
+                return WORD + length
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.location} is damaged ({error!r}); pack again.") from error
+        raise DataError(f"{self.location} is not of the manifest's samples; pack again.")
 
 
 class Fingerprint:

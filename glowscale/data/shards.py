@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glowscale.data.errors import DataError, UnreadableError
-from glowscale.data.manifest import Manifest, load_manifest, load_offsets
+from glowscale.data.cache import ShardCache
+from glowscale.data.errors import DataError, ShardError, UnreadableError
+from glowscale.data.manifest import Manifest, Offsets, load_manifest
+from glowscale.data.opening import Source, is_url, join
 from glowscale.data.tar import RawSample, read_samples
-
-READ_BYTES = 1 << 20
 
 
 class Batch(NamedTuple):
@@ -37,13 +37,16 @@ class ShardSet:
     """A split's shards and manifest.
 
     Args:
-        folder: the split's folder.
+        folder: the split's folder, a path or URL.
+        cache: where shards that lie behind a URL are kept.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path, cache: ShardCache | None = None) -> None:
+        self.folder = str(folder)
+        self.cache = cache
         self.manifest: Manifest = load_manifest(folder)
-        self.root = Path(self.manifest.root) if self.manifest.root else folder
+        self.class_numbers = {name: i for i, name in enumerate(self.manifest.classes)}
+        self.offsets = Offsets(self.folder, self.manifest.samples)
 
     def read(self, shard: int, start: int, stop: int) -> list[RawSample]:
         """Samples start to stop (not included) of a shard, encoded; seeks to the first.
@@ -51,22 +54,20 @@ class ShardSet:
         What lies between them and is not in the index is passed over.
 
         Raises:
-            ShardError: if the shard is damaged.
-            DataError: if it is missing or holds fewer samples than the manifest says.
+            DataError: if the shard is missing, cannot be read, or is not the manifest's.
         """
         entry = self.manifest.shards[shard]
-        path, first = self.root / entry.name, int(self.manifest.starts[shard])
-        offsets = load_offsets(self.folder, first + start, first + stop)
-        try:
-            file = path.open("rb", buffering=READ_BYTES)
-        except FileNotFoundError:
-            raise DataError(f"{path} is missing, but {self.folder}'s manifest lists it.") from None
-        with file:
-            file.seek(offsets[0])
-            samples = _read_at(offsets, read_samples(file, str(path), offsets[0]))
+        location = join(self.manifest.root or self.folder, entry.name)
+        first = int(self.manifest.starts[shard])
+        offsets = self.offsets.read(first + start, first + stop)
+        if self.cache and is_url(location):
+            location = str(self.cache.fetch(location, entry))
+        with Source(location, offsets[0], entry.bytes) as source:
+            samples = _read_at(offsets, read_samples(source, location, offsets[0]))
         if len(samples) < len(offsets):
-            raise DataError(
-                f"{path} holds {start + len(samples)} samples; the manifest says {entry.samples}."
+            raise ShardError(
+                f"{location} holds {start + len(samples)} samples; the manifest says "
+                f"{entry.samples}."
             )
         return samples
 
@@ -102,7 +103,7 @@ class ShardSet:
     def _label(self, sample: RawSample) -> int:
         """The sample's class, -1 if it has none."""
         try:
-            return self.manifest.layout.class_of(sample.files, self.manifest.classes)
+            return self.manifest.layout.class_of(sample.files, self.class_numbers)
         except DataError as error:
             raise DataError(f"{self._name(sample)} has {error}.") from None
 

@@ -1,8 +1,10 @@
 """Where images come from before they are packed: each source gives named splits of samples."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +35,8 @@ class Split:
     size: int
     sample: Callable[[int], Sample]
     """The i-th sample, 0 ≤ i < size; raises UnreadableError where it cannot be read."""
+    identity: str = ""
+    """Hash of what tells this set of files from another, where there are files."""
 
 
 def hold_out(keys: Sequence[str], count: int) -> tuple[list[int], list[int]]:
@@ -58,15 +62,47 @@ def is_held_out(key: str, part: float) -> bool:
 def part_keys(keys: Sequence[str], split: str | None, held_out: float) -> dict[str, list[int]]:
     """Indices of the splits: all of them `split` if it is named, else `train` and `test`.
 
+    A key's hash decides, so an image stays where it is when others are added.
+
     Args:
         keys: the set's keys.
         split: name of the only split.
-        held_out: part of the images that `test` gets, chosen by key; 0 leaves it out.
+        held_out: part of the images that `test` gets, about but at least one; 0 leaves it out.
+
+    Raises:
+        DataError: if there are too few images for two splits.
 
     >>> part_keys(["a", "b", "c"], None, 0.34)
     {'train': [0, 1], 'test': [2]}
     """
     if split is not None:
         return {split: list(range(len(keys)))}
-    kept, held = hold_out(keys, round(held_out * len(keys)))
-    return {"train": kept, "test": held} if held else {"train": kept}
+    if not held_out:
+        return {"train": list(range(len(keys)))}
+    held = {i for i, key in enumerate(keys) if is_held_out(key, held_out)}
+    held = held or set(hold_out(keys, 1)[1])
+    kept = [i for i in range(len(keys)) if i not in held]
+    if not kept:
+        raise DataError(f"{len(keys)} images are too few to hold {held_out:g} of them out.")
+    return {"train": kept, "test": sorted(held)}
+
+
+def identity_of(rows: Iterable[object]) -> str:
+    """A short hash of whatever tells one set of files from another, such as names and sizes."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files of a tree that are not hidden, in order; links are followed, never in circles."""
+    seen: set[str] = set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(name)
+        folders[:] = sorted(x for x in folders if not x.startswith("."))
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(name, x) for x in sorted(files) if not x.startswith("."))

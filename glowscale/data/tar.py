@@ -46,6 +46,8 @@ def read_samples(file: Readable, name: str, offset: int = 0) -> Iterator[RawSamp
     key, files, start = "", dict[str, bytes](), offset
     for member in read_members(file, name, offset):
         member_key, extension = split_name(member.name)
+        if not extension or member_key.endswith("/") or not member_key:
+            continue  # as in WebDataset: hidden files, and such as have no extension
         if member_key != key and files:
             yield RawSample(key, files, start)
             files = {}
@@ -74,9 +76,9 @@ def read_members(file: Readable, name: str, offset: int = 0) -> Iterator[Member]
             raise ShardError(f"{name} is no tar at byte {offset}: its header is damaged.")
         offset += BLOCK + padded
         if kind == b"L":
-            extended["path"] = data.rstrip(b"\0").decode()
+            extended["path"] = data.rstrip(b"\0").decode(errors="surrogateescape")
         elif kind == b"x":
-            extended |= _pax_records(data)
+            extended |= _pax_records(data, name)
         else:
             if kind in (b"0", b"\0"):
                 yield Member(extended.get("path") or _header_name(header), data, start)
@@ -111,18 +113,21 @@ def _number(field: bytes, name: str) -> int:
 
 
 def _header_name(header: bytes) -> str:
-    name = header[:100].partition(b"\0")[0].decode()
-    prefix = header[345:500].partition(b"\0")[0].decode()
+    name = header[:100].partition(b"\0")[0].decode(errors="surrogateescape")
+    prefix = header[345:500].partition(b"\0")[0].decode(errors="surrogateescape")
     # GNU tars end their magic with a blank and use the prefix field for other things.
     return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
 
 
-def _pax_records(data: bytes) -> dict[str, str]:
+def _pax_records(data: bytes, name: str) -> dict[str, str]:
     """Records of the form `length key=value`, each with a line end."""
     records = {}
     while data:
-        length = int(data.partition(b" ")[0])
+        digits = data.partition(b" ")[0]
+        length = int(digits) if digits.isdigit() else 0
+        if not 0 < length <= len(data):
+            raise ShardError(f"{name} is no tar: a record of its extended header is damaged.")
         keyword, _, value = data[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
-        records[keyword.decode()] = value.decode()
+        records[keyword.decode(errors="surrogateescape")] = value.decode(errors="surrogateescape")
         data = data[length:]
     return records

@@ -2,18 +2,20 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import URLError
 
-import numpy as np
+from PIL import Image
 from torchvision import datasets
 
 from glowscale.data.errors import DataError, UnreadableError
-from glowscale.data.sources import Sample, Split, part_keys
-from glowscale.data.view import View
+from glowscale.data.sources import Sample, Split, identity_of, part_keys
+from glowscale.data.view import View, unreadable
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def torchvision(
     resolution: int | None = None,
     held_out: float = 0.1,
     grey_levels: int = 256,
+    download: bool = True,
 ) -> list[Split]:
     """A data set of torchvision in its own splits.
 
@@ -77,6 +80,7 @@ def torchvision(
         resolution: side of the images; their own size if not given.
         held_out: part that the split `test` gets of a data set that has no splits.
         grey_levels: so many values of a pixel are told apart.
+        download: whether to fetch what is not there.
 
     Raises:
         DataError: for an unknown name, or a data set that is not there and cannot be had.
@@ -86,17 +90,26 @@ def torchvision(
     known = SETS[dataset]
     splits: list[Split] = []
     for name, arguments in known.splits.items():
-        images = _open(dataset, root, arguments)
-        keys = [f"{name}-{index:07d}" for index in range(len(images))]
-        parts = part_keys(keys, None, held_out) if not arguments else {name: range(len(keys))}
+        images = _open(dataset, root, arguments, download and known.download)
+        keys = _keys(name, images, root)
+        view = View(resolution, _channels(images, dataset), grey_levels)
+        parts = part_keys(keys, name if arguments else None, held_out)
+        origin = f"{dataset} {name}" if arguments else f"{dataset}, {held_out:g} held out"
         for part, indices in parts.items():
-            origin = f"{dataset} {name}" if arguments else f"{dataset}, {held_out:g} held out"
-            view = View(resolution, _channels(images), grey_levels)
             splits.append(_split(part, f"{origin} ({view})", images, keys, indices, view, known))
     return splits
 
 
-def _open(name: str, root: Path, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+def _keys(name: str, images: Any, root: Path) -> list[str]:  # noqa: ANN401
+    """Keys of a data set's images: their paths where they are files, else their places."""
+    if isinstance(images, datasets.ImageFolder):
+        return [
+            Path(file).relative_to(root).as_posix().replace(".", "_") for file, _ in images.imgs
+        ]
+    return [f"{name}-{index:07d}" for index in range(len(images))]
+
+
+def _open(name: str, root: Path, arguments: dict[str, Any], download: bool) -> Any:  # noqa: ANN401
     """The data set, downloaded if need be; what torchvision prints goes to stderr."""
     known = SETS[name]
     arguments = {**known.arguments, **arguments}
@@ -104,14 +117,14 @@ def _open(name: str, root: Path, arguments: dict[str, Any]) -> Any:  # noqa: ANN
         try:
             return known.open(root, **arguments)
         except (RuntimeError, FileNotFoundError) as missing:
-            if not known.download:
+            if not download:
                 raise DataError(f"{name} cannot be read from {root}: {missing}.") from missing
         except ModuleNotFoundError as error:
             raise DataError(f"{name} needs the package {error.name}; install it.") from None
         try:
             root.mkdir(parents=True, exist_ok=True)
             return known.open(root, **arguments, download=True)
-        except (RuntimeError, URLError, OSError) as error:
+        except (RuntimeError, URLError, OSError, ImportError) as error:
             raise DataError(
                 f"{name} is not in {root} and cannot be downloaded ({error}); put its files there."
             ) from error
@@ -122,20 +135,20 @@ def _split(
     origin: str,
     images: Any,  # noqa: ANN401
     keys: list[str],
-    indices: "range | list[int]",
+    indices: list[int],
     view: View,
     known: Known,
 ) -> Split:
     def sample(i: int) -> Sample:
         index = indices[i]
         try:
-            image, target = images[index]
+            image, target = _read(images, index)
             return Sample(keys[index], view(image), target)
-        except (OSError, SyntaxError, UnreadableError) as error:
-            raise UnreadableError(f"{origin}, image {index}: {error}") from error
+        except UnreadableError as error:
+            raise UnreadableError(f"{origin}, {keys[index]}: {error}") from error
 
     classes = known.classes or tuple(map(_class_name, getattr(images, "classes", ())))
-    shape = _first_readable(sample, len(indices), origin).shape
+    shape = _first_readable(sample, len(indices), origin).image.shape
     return Split(
         name,
         origin,
@@ -144,22 +157,31 @@ def _split(
         () if known.arguments == UNLABELLED else classes,
         len(indices),
         sample,
+        identity_of(keys),
     )
 
 
-def _first_readable(sample: Callable[[int], Sample], size: int, origin: str) -> np.ndarray:
-    """The first image that can be read: the others must be of its shape."""
+def _read(images: Any, index: int) -> tuple[Image.Image, int | None]:  # noqa: ANN401
+    """An image and its label; UnreadableError where the image's file is damaged."""
+    try:
+        image, target = images[index]
+    except Exception as error:
+        raise unreadable(error) from error
+    return image, target
+
+
+def _first_readable(read: Callable[[int], Item], size: int, origin: str) -> Item:
+    """The first image that can be read: the others must be like it."""
     for index in range(size):
-        try:
-            return sample(index).image
-        except UnreadableError:
-            continue
+        with suppress(UnreadableError):
+            return read(index)
     raise DataError(f"No image of {origin} can be read.")
 
 
-def _channels(images: Any) -> int:  # noqa: ANN401
+def _channels(images: Any, name: str) -> int:  # noqa: ANN401
     """1 for a data set of grey images, 3 for all others."""
-    return 1 if len(images) and images[0][0].mode == "L" else 3
+    image, _ = _first_readable(lambda i: _read(images, i), len(images), name)
+    return 1 if image.mode == "L" else 3
 
 
 def _class_name(name: str | tuple[str, ...]) -> str:

@@ -12,6 +12,7 @@ from glowscale.data.errors import UnreadableError
 SMALLEST_SIDE = 8
 """Images with a shorter side are no pictures but pixels of a web page; they are skipped."""
 WHITE = (255, 255, 255, 255)
+SIXTEEN_BITS = 2**16 - 1
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class View:
             if self.resolution:
                 size = (self.resolution, self.resolution)
                 image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UnreadableError(str(error)) from error
+        except Exception as error:
+            raise unreadable(error) from error
         pixels = np.asarray(image.convert("L" if self.channels == 1 else "RGB"))
         planes = pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
         values = planes.astype(np.uint16) * self.grey_levels // 256
@@ -62,10 +63,8 @@ class View:
         try:
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
                 return self(image)
-        except UnidentifiedImageError:
-            raise UnreadableError("not an image") from None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UnreadableError(str(error)) from error
+        except Exception as error:
+            raise unreadable(error) from error
 
     def read_array(self, data: bytes) -> np.ndarray:
         """As above, of an .npy file of uint8 pixels (H, W), (H, W, C) or (C, H, W)."""
@@ -92,10 +91,22 @@ class View:
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """An RGB image of what is seen: no transparency, no palette, no more than 8 bits."""
     if image.mode.startswith("I;16") or image.mode == "I":
-        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > SIXTEEN_BITS:
+            raise UnreadableError("its values need more than 16 bits")
+        return Image.fromarray((values / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        return Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8)).convert("RGB")
+        raise UnreadableError("its values are no whole numbers, so their range is not known")
     if image.has_transparency_data:
         seen = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", seen.size, WHITE), seen).convert("RGB")
     return image.convert("RGB")
+
+
+def unreadable(error: Exception) -> Exception:
+    """What an error in decoding tells of the image; a failing disk or memory is no such error."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+        return error
+    if isinstance(error, UnidentifiedImageError):
+        return UnreadableError("not an image")
+    return UnreadableError(str(error) or type(error).__name__)

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,10 +17,12 @@ from glowscale.data.journal import Journal, Part
 from glowscale.data.manifest import MANIFEST, Fingerprint, Manifest, Shard, load_manifest
 from glowscale.data.sources import Sample, Split
 from glowscale.data.tar import read_samples
-from glowscale.files import TEMPORARY, claim_folder, naming, sha256_of, sync
+from glowscale.files import TEMPORARY, alone_in, claim_folder, naming, sha256_of, sync
 from glowscale.randomness import generator
 
 NOTE = "packing.json"
+WINDOW = 256
+"""Images that are held in memory at once."""
 Item = TypeVar("Item")
 Read = TypeVar("Read")
 
@@ -66,11 +69,29 @@ def pack_split(
     """
     if not split.size:
         raise DataError(f"The split {split.name!r} of {split.origin} has no images.")
-    job = {"origin": split.origin, "size": split.size, "shard_size": shard_size, "seed": seed}
-    claim_folder(folder, NOTE, job)
-    journal = Journal(folder)
-    if (folder / MANIFEST).exists():
-        return Packed(load_manifest(folder), journal.skipped, already=True)
+    job = {
+        "origin": split.origin,
+        "files": split.identity,
+        "size": split.size,
+        "shard_size": shard_size,
+        "seed": seed,
+    }
+    with alone_in(folder):
+        journal = Journal(folder)
+        claim_folder(folder, NOTE, job, begun=bool(journal.parts))
+        if (folder / MANIFEST).exists():
+            return Packed(load_manifest(folder), journal.skipped, already=True)
+        _pack_shards(split, folder, shard_size, seed, workers, journal)
+        if not any(part.offsets for part in journal.parts):
+            raise DataError(f"No image of the split {split.name!r} of {split.origin} can be read.")
+        facts = Manifest(split.image_shape, split.grey_levels, split.classes)
+        return Packed(journal.write_manifest(facts), journal.skipped, already=False)
+
+
+def _pack_shards(
+    split: Split, folder: Path, shard_size: int, seed: int, workers: int, journal: Journal
+) -> None:
+    """Write the shards that the journal lacks."""
     order: Sequence[int] = range(split.size)
     if split.name == "train":
         order = generator(seed, "pack", split.name).permutation(split.size).tolist()
@@ -81,16 +102,52 @@ def pack_split(
     ):
         for start in range(done, split.size, shard_size):
             path = folder / f"shard-{start // shard_size:06d}.tar"
-            samples, skipped = read_all(
-                order[start : start + shard_size], split.sample, pool, progress
-            )
-            journal.add(_write_part(path, samples, skipped, split))
-    if not any(part.offsets for part in journal.parts):
-        raise DataError(f"No image of the split {split.name!r} of {split.origin} can be read.")
-    manifest = journal.write_manifest(
-        Manifest(split.image_shape, split.grey_levels, split.classes)
-    )
-    return Packed(manifest, journal.skipped, already=False)
+            indices = order[start : start + shard_size]
+            journal.add(_pack_shard(path, split, indices, pool, progress))
+
+
+def _pack_shard(
+    path: Path,
+    split: Split,
+    indices: Sequence[int],
+    pool: ThreadPoolExecutor,
+    progress: "tqdm[Any]",
+) -> Part:
+    """Write a shard of those of the images that can be read; return what the journal notes."""
+    skipped: list[str] = []
+    fingerprints: list[str] = []
+
+    def read(index: int) -> Encoded:
+        sample = split.sample(index)
+        _check_pixels(sample, split)
+        return encode(sample, split.classes)
+
+    def samples() -> Iterator[Encoded]:
+        for start in range(0, len(indices), WINDOW):
+            found, unread = read_all(indices[start : start + WINDOW], read, pool, progress)
+            skipped.extend(unread)
+            fingerprints.extend(sample.fingerprint for sample in found)
+            yield from found
+
+    shard, offsets = write_shard(path, samples())
+    return Part(shard, offsets, Fingerprint.total(fingerprints), [], skipped)
+
+
+class Encoded(NamedTuple):
+    """A sample as it is written."""
+
+    key: str
+    png: bytes
+    label: int | None
+    fingerprint: str
+
+
+def encode(sample: Sample, classes: Sequence[str] = ()) -> Encoded:
+    """Encode a sample and hash it, the costly part of packing; its class by name if there are."""
+    fingerprint = Fingerprint()
+    name = classes[sample.label] if classes and sample.label is not None else None
+    fingerprint.add(sample.key, name, sample.image)
+    return Encoded(sample.key, encode_png(sample.image), sample.label, fingerprint.hexdigest())
 
 
 def read_all(
@@ -124,36 +181,36 @@ def read_all(
     return results, skipped
 
 
-def _write_part(path: Path, samples: list[Sample], skipped: list[str], split: Split) -> Part:
-    """Write a shard, if there are samples for it; return what the journal notes of it."""
-    fingerprint = Fingerprint()
-    for sample in samples:
-        _check_pixels(sample, split)
-        name = None if sample.label is None else split.classes[sample.label]
-        fingerprint.add(sample.key, name, sample.image)
-    shard, offsets = write_shard(path, samples) if samples else (Shard(path.name, 0, 0, ""), [])
-    return Part(shard, offsets, fingerprint.hexdigest(), [], skipped)
-
-
-def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, list[int]]:
+def write_shard(path: Path, samples: Iterable[Encoded]) -> tuple[Shard, list[int]]:
     """Write a shard of PNGs and labels; return its entry and where each sample starts.
 
-    The bytes depend on the samples alone, and the file appears whole or not at all.
+    The bytes depend on the samples alone, and the file appears whole or not at all; where there
+    are no samples there is no file.
     """
-    partial = path.with_name(path.name + TEMPORARY)
-    with naming(path), partial.open("wb") as file:
-        writer = webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="")
-        for sample in samples:
-            label = {} if sample.label is None else {"cls": str(sample.label).encode()}
-            writer.write({"__key__": sample.key, "png": encode_png(sample.image), **label})
-        writer.close()
-        file.flush()
-        os.fsync(file.fileno())
-    with partial.open("rb") as written:
-        offsets = [sample.offset for sample in read_samples(written, path.name)]
-    shard = Shard(path.name, len(offsets), partial.stat().st_size, sha256_of(partial))
-    os.replace(partial, path)
-    sync(path.parent)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    count = 0
+    try:
+        with naming(path), partial.open("wb") as file:
+            writer = webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="")
+            for sample in samples:
+                label = {} if sample.label is None else {"cls": str(sample.label).encode()}
+                writer.write({"__key__": sample.key, "png": sample.png, **label})
+                count += 1
+            writer.close()
+            file.flush()
+            os.fsync(file.fileno())
+        with partial.open("rb") as written:
+            offsets = [sample.offset for sample in read_samples(written, path.name)]
+        if len(offsets) != count:
+            raise DataError(
+                f"{path} would hold {len(offsets)} of {count} samples: two keys agree."
+            )
+        shard = Shard(path.name, count, partial.stat().st_size, sha256_of(partial))
+        if count:
+            os.replace(partial, path)
+            sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
     return shard, offsets
 
 
@@ -162,5 +219,5 @@ def _check_pixels(sample: Sample, split: Split) -> None:
         raise DataError(
             f"Image {sample.key!r} of shape {sample.image.shape} with values up to "
             f"{sample.image.max()} does not fit {split.image_shape} with {split.grey_levels} "
-            f"grey levels."
+            f"grey levels; where sizes differ, give a resolution that all are resized to."
         )

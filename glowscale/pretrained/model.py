@@ -14,6 +14,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from safetensors.torch import load_file, save
 
 from glowscale.checkpoint import MANIFEST, load_model, restore_model
+from glowscale.config import differences
 from glowscale.errors import UserError
 from glowscale.files import sha256_of, write_atomically
 from glowscale.models import MultiscaleFlow, build_model
@@ -55,6 +56,25 @@ class ImageModel(UInt8Flow, ModelHubMixin, library_name="glowscale"):
         super().__init__(flow, description.classes)
         self.description = description
         self.picture = picture
+
+    def refuse_other_architecture(self, section: dict[str, Any], classes: tuple[str, ...]) -> None:
+        """Refuse to be taken for a model of another architecture or of other classes.
+
+        Args:
+            section: the `model` section of a config.
+            classes: names of the data's classes.
+
+        Raises:
+            PretrainedError: naming the first key that differs.
+        """
+        mine = {**self.description.arguments, "family": self.description.family}
+        changed = differences(mine, section)
+        if self.flow.classes and classes != self.class_names:
+            changed |= {"classes": (self.class_names, classes)}
+        for key, (theirs, wanted) in changed.items():
+            raise PretrainedError(
+                f"The weights to start from are of a model with {key} {theirs!r}, not {wanted!r}."
+            )
 
     @classmethod
     def from_run(cls, run: str | Path, weights: str = "ema") -> Self:
@@ -196,6 +216,8 @@ class ImageModel(UInt8Flow, ModelHubMixin, library_name="glowscale"):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write all files, `config.json` last, for it vouches for the others."""
+        draft = self.description.model_copy(update={"files": {}})
+        write_atomically(save_directory / CONFIG, draft.to_json())  # whose folder it is
         state = self.flow.state_dict()
         tensors = {key: value.contiguous().cpu() for key, value in state.items()}
         write_atomically(save_directory / WEIGHTS, save(tensors))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glowscale.config import Config
+from glowscale.config import Config, ConfigError
 from glowscale.data.stream import Lanes
 from glowscale.models import MultiscaleFlow, build_model
 
@@ -35,7 +35,10 @@ def plan(
         float32), and `memory_bytes` (of one process where a single one runs).
     """
     with torch.device("meta"):  # shapes without memory, so any model can be planned anywhere
-        model = build_model(config.model.model_dump(), image_shape, grey_levels, classes)
+        try:
+            model = build_model(config.model.model_dump(), image_shape, grey_levels, classes)
+        except ValueError as error:
+            raise ConfigError(f"The model does not fit the data: {error}") from None
         activations = activation_bytes(model)
     parameters = sum(p.numel() for p in model.parameters())
     weights = COPIES * 4 * parameters

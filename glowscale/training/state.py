@@ -42,7 +42,7 @@ class TrainingState:
         load_tensors(self.ema.model, tensors["ema"], path / "ema.safetensors")
         load_optimizer_tensors(self.optimizer, self.model, tensors["optimizer"])
         self.images = checkpoint.state["images"]
-        self.masked_in_a_row = checkpoint.state["masked_in_a_row"]
+        self.masked_in_a_row = checkpoint.state.get("masked_in_a_row", 0)
         self.window.copy_(torch.tensor(checkpoint.state["window"], dtype=torch.float64))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -66,6 +66,7 @@ class TrainingState:
         for part, tensors in self.tensors().items():
             floating = {key: x for key, x in tensors.items() if x.is_floating_point()}
             if not bool(torch.nn.utils.get_total_norm(list(floating.values())).isfinite()):
-                bad = (f"{part}/{k}" for k, x in floating.items() if not bool(x.isfinite().all()))
-                return next(bad, None)
+                for key, x in floating.items():  # the norm of finite values may overflow
+                    if not bool(x.isfinite().all()):
+                        return f"{part}/{key}"
         return None

@@ -27,7 +27,7 @@ from glowscale.models import MultiscaleFlow, build_model
 from glowscale.pictures import save_curves
 from glowscale.pretrained import load
 from glowscale.randomness import derived_seed
-from glowscale.sampling import BLOCK, save_preview
+from glowscale.sampling import BLOCK, NonFiniteSampleError, save_preview
 from glowscale.training.diagnosis import Diagnosis
 from glowscale.training.lock import RunLock, refuse_unshared
 from glowscale.training.optimizer import build_optimizer
@@ -66,8 +66,7 @@ class Trainer:
                 f"mixed_precision={accelerator.mixed_precision!r}; see start_accelerator."
             )
         check_lanes(config.data.lanes, config.train.batch, self.world_size)
-        self.train_shards = ShardSet(config.data.dir / config.data.train_split)
-        self.held_out_shards = ShardSet(config.data.dir / config.data.held_out_split)
+        self.train_shards, self.held_out_shards = self._open_data()
         self.folder = RunFolder(config, self.train_shards.manifest)
         model = self._build_model()
         check_fits(model, self.held_out_shards)
@@ -77,7 +76,8 @@ class Trainer:
                     held.callback(RunLock(config.run.dir).release)
             refuse_unshared(config.run.dir)
             self.state = self._resume(model) or self._begin(model)
-            start_trackers(accelerator, config, self.state.images)
+            with failing_together():
+                start_trackers(accelerator, config, self.state.images)
             self._held = held.pop_all()
         self.update = Updater(
             config.train,
@@ -118,7 +118,7 @@ class Trainer:
             self._log(gradient_norm, progress)
         if self._due(settings.evaluate.every):
             self._log_evaluation(progress)
-        if self._due(settings.samples.every) and self.is_main:
+        if self._due(settings.samples.every):
             self._save_samples(f"samples/{self.state.images:012d}.png")
         if self._due(settings.checkpoint.every):
             self.update.settle()
@@ -153,14 +153,15 @@ class Trainer:
         self, kind: str, values: dict[str, Any], times: dict[str, float] | None = None
     ) -> None:
         """A line of metrics, in the run folder and for the trackers."""
-        if self.is_main:
-            self.folder.log(kind, self.state.images, values, times or {})
-            numbers = {
-                f"{kind}/{key}": value
-                for key, value in {**values, **(times or {})}.items()
-                if isinstance(value, (int, float)) and math.isfinite(value)
-            }
-            self.accelerator.log(numbers, step=self.state.images)
+        with failing_together():
+            if self.is_main:
+                self.folder.log(kind, self.state.images, values, times or {})
+                numbers = {
+                    f"{kind}/{key}": value
+                    for key, value in {**values, **(times or {})}.items()
+                    if isinstance(value, (int, float)) and math.isfinite(value)
+                }
+                self.accelerator.log(numbers, step=self.state.images)
 
     def _note_masked(self, images: int, diagnosis: Diagnosis) -> None:
         self._record("masked", {"ids": diagnosis.ids, "place": diagnosis.place})
@@ -171,8 +172,7 @@ class Trainer:
             progress.write(f"{self.state.images:,} images: {result}", file=sys.stderr)
         figures = ("bits_per_dim", "standard_error", "round_trip_error", "prior_round_trip_error")
         self._record("held_out", {key: getattr(result, key) for key in figures})
-        if self.is_main:
-            save_curves(self.folder.read_metrics(), self.folder.path / "curves.png")
+        self._save_curves()
         self._refuse_round_trip(result)
 
     def _refuse_round_trip(self, result: Evaluation) -> None:
@@ -205,25 +205,49 @@ class Trainer:
     def _finish(self) -> Evaluation:
         """The figure over all held-out images, and the last pictures."""
         result = self.evaluate()
-        if self.is_main:
-            self._save_samples("samples.png")
-            self.folder.save_evaluation(self.state.images, result)
-            save_curves(self.folder.read_metrics(), self.folder.path / "curves.png")
-        self.accelerator.wait_for_everyone()
+        self._save_samples("samples.png")
+        self._save_curves()
+        with failing_together():
+            if self.is_main:
+                self.folder.save_evaluation(self.state.images, result)
         return result
 
+    def _save_curves(self) -> None:
+        with failing_together():
+            if self.is_main:
+                save_curves(self.folder.read_metrics(), self.folder.path / "curves.png")
+
     def _save_samples(self, name: str) -> None:
-        settings = self.config.samples
-        save_preview(
-            self.state.ema.model,
-            self.folder.path / name,
-            settings.count,
-            self.config.run.seed,
-            settings.temperature,
-            block=min(settings.count, BLOCK),
-        )
-        grid = np.asarray(Image.open(self.folder.path / name))
-        log_picture(self.accelerator, "samples", grid, self.state.images)
+        """A grid of samples, if they are finite; a run does not end for a picture."""
+        settings, path = self.config.samples, self.folder.path / name
+        with failing_together():
+            if not self.is_main:
+                return
+            try:
+                save_preview(
+                    self.state.ema.model,
+                    path,
+                    settings.count,
+                    self.config.run.seed,
+                    settings.temperature,
+                    block=min(settings.count, BLOCK),
+                )
+            except NonFiniteSampleError as error:
+                say(f"WARNING: {error} There is no picture {path}.")
+            else:
+                grid = np.asarray(Image.open(path))
+                log_picture(self.accelerator, "samples", grid, self.state.images)
+
+    def _open_data(self) -> tuple[ShardSet, ShardSet]:
+        """Training and held-out data, the same on all processes."""
+        data = self.config.data
+        with failing_together():
+            train = ShardSet(data.dir / data.train_split)
+            held_out = ShardSet(data.dir / data.held_out_split)
+        manifests = [train.manifest, held_out.manifest]
+        seen = " and ".join(f"{m.fingerprint[:8]} in {m.offsets_sha256[:8]}" for m in manifests)
+        refuse_disagreement("data", seen)
+        return train, held_out
 
     def _build_model(self) -> MultiscaleFlow:
         manifest = self.train_shards.manifest
@@ -272,8 +296,12 @@ class Trainer:
 
     def _load_weights(self, model: MultiscaleFlow, name: str) -> None:
         """Take over the weights of a run or a published model of the same architecture."""
-        source = load(name).flow.to(model.dtype)
-        load_tensors(model, source.state_dict(), Path(name))
+        with failing_together():
+            source = load(name)
+            source.refuse_other_architecture(
+                self.config.model.model_dump(mode="json"), self.train_shards.manifest.classes
+            )
+            load_tensors(model, source.flow.to(model.dtype).state_dict(), Path(name))
         if self.is_main:
             say(f"starting from the weights of {name}")
 

@@ -87,10 +87,10 @@ class Updater:
         masked = ~(total.isfinite() & norm.isfinite())
         self._step(norm, masked)
         state.ema.update(state.model, settings.batch, state.images)
-        kept = torch.stack(
-            [total, torch.full_like(total, settings.batch), torch.zeros_like(total)]
-        )
-        state.window += kept.where(~masked, torch.tensor([0.0, 0.0, 1.0]).to(kept))
+        seen = torch.full_like(total, settings.batch)
+        none, one = torch.zeros_like(total), torch.ones_like(total)
+        taken, left = torch.stack([total, seen, none]), torch.stack([none, none, one])
+        state.window += taken.where(~masked, left)
         self._masked.put(masked)
         self._last = batch
         return norm
