@@ -119,7 +119,7 @@ def _pack_shard(
 
     def read(index: int) -> Encoded:
         sample = split.sample(index)
-        _check_pixels(sample, split)
+        _check(sample, split)
         return encode(sample, split.classes)
 
     def samples() -> Iterator[Encoded]:
@@ -214,7 +214,12 @@ def write_shard(path: Path, samples: Iterable[Encoded]) -> tuple[Shard, list[int
     return shard, offsets
 
 
-def _check_pixels(sample: Sample, split: Split) -> None:
+def _check(sample: Sample, split: Split) -> None:
+    if split.classes and not 0 <= (sample.label or 0) < len(split.classes):
+        raise DataError(
+            f"Image {sample.key!r} has the label {sample.label}; it must be from 0 to "
+            f"{len(split.classes) - 1}."
+        )
     if sample.image.shape != split.image_shape or sample.image.max() >= split.grey_levels:
         raise DataError(
             f"Image {sample.key!r} of shape {sample.image.shape} with values up to "
