@@ -103,31 +103,31 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class LateFlag:
-    """Brings a flag from the device to the host without ever waiting for the device.
+class LateWord:
+    """Brings a few numbers from the device to the host without ever waiting for the device.
 
-    `put` starts the copy and `take`, a step later, finds it there. On the CPU both are at once.
+    `put` starts the copy and `take`, a step later, finds them there. On the CPU both are at once.
     """
 
     def __init__(self) -> None:
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
 
-    def put(self, flag: Tensor) -> None:
-        """Start to bring a flag (), which must have been taken before the next one is put."""
-        if not flag.is_cuda:
-            self._pending = flag, None
+    def put(self, word: Tensor) -> None:
+        """Start to bring a word (N,), which must be taken before the next one is put."""
+        if not word.is_cuda:
+            self._pending = word, None
             return
-        host = torch.empty((), dtype=flag.dtype, pin_memory=True)
-        host.copy_(flag, non_blocking=True)
+        host = torch.empty(word.shape, dtype=word.dtype, pin_memory=True)
+        host.copy_(word, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._pending = host, event
 
-    def take(self) -> bool | None:
-        """The flag that was put last, None where there is none or it was taken."""
+    def take(self) -> list[float] | None:
+        """The word that was put last, None where there is none or it was taken."""
         if self._pending is None:
             return None
-        (flag, event), self._pending = self._pending, None
+        (word, event), self._pending = self._pending, None
         if event is not None:
             event.synchronize()
-        return bool(flag)
+        return word.tolist()

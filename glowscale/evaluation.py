@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glowscale.data import Batch, DataError, ShardSet
-from glowscale.distributed import sum_over_ranks
+from glowscale.distributed import failing_together, sum_over_ranks
 from glowscale.models import MultiscaleFlow
 from glowscale.sampling import labels_of
 
@@ -108,7 +108,7 @@ def evaluate(
     count = available if images is None else min(images, available)
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
+    with failing_together(), torch.inference_mode():
         starts = range(0, count, batch)[rank::world_size]
         scores = _score_blocks(model, shards, count, batch, starts, seed, importance_samples)
         errors = torch.zeros(2, dtype=torch.float64, device=model.device)

@@ -1,9 +1,10 @@
-"""Writing files so that a kill or a full disk never leaves half of one under its name."""
+"""Where files lie, and writing them so that a kill or a full disk never leaves half of one."""
 
 import fcntl
 import hashlib
 import json
 import os
+import re
 import sys
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,22 @@ from glowscale.errors import UserError
 
 TEMPORARY = ".partial"
 """Suffix of what is not finished; nothing ever reads it."""
+
+
+def is_url(location: str) -> bool:
+    """Whether a location is no path of a local file.
+
+    >>> [is_url(x) for x in ("data/train", "https://host/train", "pipe:cat train.tar")]
+    [False, True, True]
+    """
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", location) is not None
+
+
+def join(folder: str, name: str) -> str:
+    """The location of a file in a folder; a name that is a location itself stays as it is."""
+    if is_url(name):
+        return name
+    return f"{folder.rstrip('/')}/{name}" if is_url(folder) else os.path.join(folder, name)
 
 
 @contextmanager

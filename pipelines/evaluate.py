@@ -12,6 +12,7 @@ from glowscale.config import parse_config
 from glowscale.data import ShardSet
 from glowscale.distributed import refuse_disagreement, start_accelerator
 from glowscale.evaluation import evaluate
+from glowscale.files import join
 from glowscale.jobs import job, positive, report, say
 
 
@@ -26,7 +27,7 @@ def main() -> None:
         seed = config.run.seed if arguments.seed is None else arguments.seed
         evaluation = evaluate(
             model.to(accelerator.device),
-            ShardSet(arguments.data or config.data.dir / config.data.held_out_split),
+            ShardSet(arguments.data or join(config.data.dir, config.data.held_out_split)),
             seed=seed,
             batch=arguments.batch or config.evaluate.batch,
             images=arguments.images,
@@ -46,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="run folder or checkpoint")
-    parser.add_argument("--data", type=Path, help="split to score, if not the run's held-out one")
+    parser.add_argument("--data", help="split to score, if not the run's held-out one")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema")
     parser.add_argument("--images", type=positive, help="score only the first so many")
     parser.add_argument("--importance-samples", type=positive, metavar="K", help="of the noise")

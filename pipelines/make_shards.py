@@ -1,6 +1,7 @@
 """Pack a source's images into WebDataset shards with a manifest, one folder a split.
 
 The source `shards` is not packed but indexed where it is. The same command again continues.
+`make_shards.py check FOLDER` compares a split's files with its manifest.
 """
 
 import argparse
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from glowscale.config import parse_source, sources
-from glowscale.data import SOURCES, Packed, make_shards
+from glowscale.data import SOURCES, DataError, Packed, make_shards
+from glowscale.data.check import damage_of
 from glowscale.jobs import job, positive, report, say
 
 PACKING = ("shard_size", "seed", "workers")
@@ -18,6 +20,8 @@ PACKING = ("shard_size", "seed", "workers")
 def main() -> None:
     """Open the source, pack or index its splits, tell what they hold."""
     options = vars(parse_arguments())
+    if options["source"] == "check":
+        return check(options["folder"], options["json"])
     kind, out, as_json = (options.pop(key) for key in ("source", "out", "json"))
     packing = {key: options.pop(key) for key in PACKING if key in options}
     with job():
@@ -27,6 +31,19 @@ def main() -> None:
             say(f"{out / name}: {describe(split)}")
         if as_json:
             report({name: facts_of(split) for name, split in packed.items()})
+
+
+def check(folder: str, as_json: bool) -> None:
+    """Compare all files of a split with its manifest; an error if any differs."""
+    with job():
+        damage = list(damage_of(folder))
+        for sentence in damage:
+            say(sentence)
+        if as_json:
+            report({"damaged": len(damage)})
+        if damage:
+            raise DataError(f"{len(damage)} files of {folder} are not what its manifest says.")
+        say(f"{folder} is what its manifest says")
 
 
 def describe(split: Packed) -> str:
@@ -67,6 +84,9 @@ def parse_arguments() -> argparse.Namespace:
             source.add_argument("--seed", type=int, default=0, help="seed of the packing order")
         source.add_argument("--workers", type=positive, default=2, help="threads that read images")
         source.add_argument("--json", action="store_true", help="end with JSON on stdout")
+    checked = kinds.add_parser("check", help="compare a split's files with its manifest's hashes")
+    checked.add_argument("folder", help="the split's folder or URL")
+    checked.add_argument("--json", action="store_true", help="end with JSON on stdout")
     return parser.parse_args()
 
 

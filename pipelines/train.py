@@ -11,10 +11,11 @@ import yaml
 from accelerate import Accelerator
 
 from glowscale.config import Config, ConfigError, describe, load_config
-from glowscale.data import Manifest, load_manifest, make_shards, open_source
+from glowscale.data import DataError, Manifest, load_manifest, make_shards, open_source
 from glowscale.data.manifest import MANIFEST
 from glowscale.distributed import failing_together, start_accelerator
 from glowscale.evaluation import histogram_bits_per_dim
+from glowscale.files import join
 from glowscale.jobs import job, report, say
 from glowscale.training import Trainer
 from glowscale.training.plan import describe_plan, plan
@@ -39,13 +40,23 @@ def main() -> None:
         trainer = Trainer(config, accelerator)
         evaluation = trainer.train()
         if accelerator.is_main_process:
-            histogram = histogram_bits_per_dim(trainer.train_shards, trainer.held_out_shards)
+            histogram = histogram_of(trainer)
             say(f"held out: {evaluation}")
-            say(f"a per-pixel histogram of the same images: {histogram:.4f} bits/dim")
+            if histogram is not None:
+                say(f"a per-pixel histogram of the same images: {histogram:.4f} bits/dim")
             say(f"samples.png and curves.png are in {config.run.dir}")
             if arguments.json:
                 report({**evaluation.to_dict(), "histogram_bits_per_dim": histogram})
         accelerator.end_training()
+
+
+def histogram_of(trainer: Trainer) -> float | None:
+    """What a histogram for every pixel gives, to compare with; None where data are damaged."""
+    try:
+        return histogram_bits_per_dim(trainer.train_shards, trainer.held_out_shards)
+    except DataError as error:
+        say(f"There is no histogram to compare with: {error}")
+        return None
 
 
 def pack_if_missing(config: Config, accelerator: Accelerator) -> None:
@@ -54,14 +65,15 @@ def pack_if_missing(config: Config, accelerator: Accelerator) -> None:
         if accelerator.is_main_process and config.data.source and not is_packed(config):
             kind, arguments = source_of(config)
             workers = max(1, config.data.workers)
-            make_shards(kind, arguments, config.data.dir, config.data.shard_size, workers=workers)
+            out = Path(config.data.dir)
+            make_shards(kind, arguments, out, config.data.shard_size, workers=workers)
     packed_manifest(config)
 
 
 def is_packed(config: Config) -> bool:
     """Whether both splits are there; a kill may have left one."""
     splits = (config.data.train_split, config.data.held_out_split)
-    return all((config.data.dir / split / MANIFEST).exists() for split in splits)
+    return all(Path(config.data.dir, split, MANIFEST).exists() for split in splits)
 
 
 def source_of(config: Config) -> tuple[str, dict[str, Any]]:
@@ -96,7 +108,7 @@ def plan_run(config: Config) -> dict[str, Any]:
 
 def packed_manifest(config: Config) -> Manifest:
     """Manifest of the training data; ConfigError where it is not what the source would give."""
-    manifest = load_manifest(config.data.dir / config.data.train_split)
+    manifest = load_manifest(join(config.data.dir, config.data.train_split))
     wanted = getattr(config.data.source, "resolution", None)
     if wanted and manifest.image_shape[1:] != (wanted, wanted):
         height, width = manifest.image_shape[1:]

@@ -21,6 +21,7 @@ from glowscale.dequantization import Dequantizer
 from glowscale.models import Glow, MultiscaleFlow
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # the models are tiny, and tests run side by side
 
 
 @pytest.fixture(autouse=True)

@@ -55,7 +55,7 @@ def images_by_row(shards: ShardSet, **arguments: Any) -> dict[tuple[int, int], T
     stream = training_stream(shards, **options)
     found = {}
     for _ in range(20):
-        batch = next(stream)
+        batch = next(stream).batch
         rows = zip(batch.epochs.tolist(), batch.ids.tolist(), strict=True)
         found |= dict(zip(rows, batch.images, strict=True))
     return found

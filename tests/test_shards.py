@@ -21,7 +21,7 @@ from glowscale.data.manifest import Fingerprint, load_manifest
 from glowscale.data.sources import Sample
 from glowscale.data.writer import pack, pack_split
 from glowscale.files import TEMPORARY, ClaimError, sha256_of
-from tests.conftest import Runner, job_command, job_environment, last_json, random_split
+from tests.conftest import Caller, Runner, job_command, job_environment, last_json, random_split
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +242,20 @@ def test_idx_files_that_are_missing_or_damaged_are_named(tmp_path: Path) -> None
     path.write_bytes(b"\0\0\x0d\x03" + b"\0" * 12)
     with pytest.raises(DataError, match="no IDX file of 3-d unsigned bytes"):
         idx(tmp_path)
+
+
+def test_a_check_names_every_file_that_is_damaged(tmp_path: Path, call_job: Caller) -> None:
+    pack_split(random_split("train", 30), tmp_path, 10)
+    code, out, err = call_job("make_shards.py", "check", tmp_path, "--json")
+    assert (code, json.loads(out)) == (0, {"damaged": 0})
+    data = bytearray((tmp_path / "shard-000001.tar").read_bytes())
+    data[700] ^= 1
+    (tmp_path / "shard-000001.tar").write_bytes(data)
+    (tmp_path / "shard-000002.tar").unlink()
+    code, out, err = call_job("make_shards.py", "check", tmp_path, "--json")
+    assert (code, json.loads(out)) == (1, {"damaged": 2})
+    assert "shard-000001.tar is damaged: its hash is not the manifest's." in err
+    assert "shard-000002.tar is missing." in err
 
 
 def test_damage_is_named(tmp_path: Path) -> None:

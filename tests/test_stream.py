@@ -1,14 +1,20 @@
 """The stream's order: every epoch exactly once, from any cursor, on any number of readers."""
 
+import tracemalloc
 from collections import Counter
+from itertools import islice, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from glowscale.data import Batch, DataError, ShardSet, training_stream
+from glowscale.data import Batch, DataError, ShardSet, check_lanes, training_stream
+from glowscale.data.manifest import Manifest, Shard, save_offsets
+from glowscale.data.sources import Sample
 from glowscale.data.stream import LaneReader, Lanes
+from glowscale.data.writer import encode, write_shard
 
 
 @given(samples=st.integers(1, 300), count=st.integers(1, 40), epochs=st.integers(1, 5))
@@ -29,7 +35,7 @@ def test_lanes_cover_every_epoch_exactly_once(samples: int, count: int, epochs: 
 def take(shards: ShardSet, steps: int, cursor: int = 0, **arguments: int) -> list[Batch]:
     options = {"seed": 3, "lanes": 4, "batch": 16, "shuffle_block": 10, **arguments}
     stream = training_stream(shards, cursor=cursor, **options)  # type: ignore[arg-type]
-    return [next(stream) for _ in range(steps)]
+    return [next(stream).batch for _ in range(steps)]
 
 
 def rows(batches: list[Batch]) -> list[tuple[int, int]]:
@@ -116,3 +122,117 @@ def test_numbers_that_do_not_fit_are_refused_with_what_would(shards: ShardSet) -
         take(shards, steps=1, world_size=3)
     with pytest.raises(DataError, match="multiple of the 4 lanes"):
         take(shards, steps=1, batch=18)
+
+
+def uneven_shards(folder: Path, sizes: list[int]) -> ShardSet:
+    """A split whose shards have these sizes; images of 2×2 that tell their number."""
+    samples = iter(range(sum(sizes)))
+    shards, offsets = [], []
+    folder.mkdir()
+    for number, size in enumerate(sizes):
+        images = [(i, np.full((1, 2, 2), i % 256, np.uint8)) for i in islice(samples, size)]
+        encoded = [encode(Sample(f"{i:05d}", image, None)) for i, image in images]
+        shard, starts = write_shard(folder / f"{number}.tar", encoded)
+        shards.append(shard)
+        offsets += starts
+    digest = save_offsets(folder, offsets)
+    Manifest((1, 2, 2), 256, (), "0", digest, tuple(shards)).save(folder)
+    return ShardSet(folder)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    lanes=st.sampled_from([1, 2, 4, 6, 12]),
+    per_lane=st.integers(1, 3),
+    block=st.integers(1, 12),
+    world_sizes=st.lists(st.integers(1, 12), min_size=3, max_size=3),
+    kills=st.lists(st.integers(0, 5), min_size=2, max_size=2),
+    lost=st.booleans(),
+)
+def test_killed_resized_and_damaged_streams_go_on_as_if_nothing_had_happened(
+    tmp_path_factory: pytest.TempPathFactory,
+    sizes: list[int],
+    lanes: int,
+    per_lane: int,
+    block: int,
+    world_sizes: list[int],
+    kills: list[int],
+    lost: bool,
+) -> None:
+    """Any shards, lanes, batches; killed twice, each time another number of processes."""
+    shards = uneven_shards(tmp_path_factory.mktemp("uneven") / "x", sizes)
+    batch, steps = lanes * per_lane, 3 * sum(sizes) // (lanes * per_lane) + 12
+
+    def batches(cursor: int, world_size: int, count: int) -> list[list[tuple[int, int]]]:
+        streams = [
+            training_stream(
+                shards,
+                seed=5,
+                lanes=lanes,
+                batch=batch,
+                shuffle_block=block,
+                cursor=cursor,
+                rank=rank,
+                world_size=world_size,
+            )
+            for rank in range(world_size)
+        ]
+        return [rows([next(stream).batch for stream in streams]) for _ in range(count)]
+
+    whole = batches(0, 1, steps)
+    seen = [row for step in whole for row in step]
+    epochs = {epoch for epoch, _ in seen[:-1]}
+    for epoch in epochs - {max(epochs)}:  # the last one is not over
+        assert sorted(i for e, i in seen if e == epoch) == list(range(sum(sizes)))
+    if lost:
+        Path(shards.folder, "0.tar").unlink()
+        whole = [[(e, i) for e, i in step if i >= sizes[0]] for step in whole]
+    legal = [n for n in range(1, lanes + 1) if lanes % n == 0]
+    done: list[list[tuple[int, int]]] = []
+    for world_size, count in zip(world_sizes, [*kills, steps], strict=True):
+        world = legal[world_size % len(legal)]
+        done += batches(len(done) * batch, world, min(count, steps - len(done)))
+    assert done == whole
+
+
+def test_a_hundred_thousand_shards_are_shared_by_32_768_readers(tmp_path: Path) -> None:
+    """4,096 processes of 8 workers: each finds its part at once and in little memory."""
+    readers, count = 4096 * 8, 100_000
+    sizes = np.random.default_rng(0).integers(500, 1500, count)
+    entries = tuple(Shard(f"{i}.tar", int(n), 0, "") for i, n in enumerate(sizes))
+    Manifest((3, 64, 64), 256, (), shards=entries).save(tmp_path)
+    shards = ShardSet(tmp_path)
+    samples = shards.manifest.samples
+    lanes = Lanes(samples, readers)
+    check_lanes(readers, 32_768, 4096)
+    epoch, end = 3, 0
+    for lane in range(readers):
+        assert lanes.line_start(lane, epoch) == end
+        start, stop = lanes.positions(lane, epoch)
+        end += stop - start
+    assert end == samples
+    pieces: dict[int, list[tuple[int, int]]] = {}
+    some = range(20_000, 20_032)
+    tracemalloc.start()
+    for lane in some:
+        reader = LaneReader(shards, lanes, seed=0, shuffle_block=1024)
+        first = lanes.line_start(lane, epoch)
+        start, stop = lanes.positions(lane, epoch)
+        for shard, low, high in reader.part_of_line(epoch, first, first + stop - start):
+            pieces.setdefault(shard, []).append((low, high))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8e6
+    assert sum(high - low for found in pieces.values() for low, high in found) == sum(
+        np.subtract(*lanes.positions(lane, epoch)[::-1]) for lane in some
+    )
+    whole = 0
+    for shard, found in pieces.items():  # disjoint, and within a shard one after the other
+        found.sort()
+        assert all(a[1] == b[0] for a, b in pairwise(found))
+        assert 0 <= found[0][0] < found[-1][1] <= sizes[shard]
+        whole += found == [(0, int(sizes[shard]))] or found[-1][1] - found[0][0] == sizes[shard]
+    assert whole >= len(pieces) - 2  # all but the first and the last are complete

@@ -224,7 +224,8 @@ def test_what_is_wrong_with_a_shard_reaches_the_user_through_workers(
     overrides = [f"data.dir={tmp_path / 'data'}", "data.workers=2"]
     result = run_job("train.py", config_path, *overrides, check=False)
     assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith(f"Error: {shard} is truncated")
+    sentence = f"Error: {shard} has 9000 bytes; the manifest says "
+    assert result.stderr.splitlines()[-1].startswith(sentence)
     assert "Traceback" not in result.stderr
 
 

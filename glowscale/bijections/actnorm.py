@@ -1,5 +1,6 @@
 """Activation normalization, and the explicit pass that initializes it from data."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,7 +35,7 @@ class ActNorm(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalize x (B, C, ...)."""
-        positions = x[0, 0].numel()
+        positions = math.prod(x.shape[2:])
         log_det = (positions * self.log_scale.sum()).expand(x.shape[0])
         return x * _per_channel(self.log_scale.exp(), x) + _per_channel(self.bias, x), log_det
 

@@ -1,5 +1,7 @@
 """The invertible 1×1 convolution: one linear map of the channels at every pixel."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +27,7 @@ class Invertible1x1Conv(Bijection):
         with full_precision(x):
             matrix, log_det = self.matrix()
             z = F.conv2d(x, matrix[:, :, None, None])
-        return z, (x[0, 0].numel() * log_det).expand(x.shape[0])
+        return z, (math.prod(x.shape[2:]) * log_det).expand(x.shape[0])
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Unmix the channels."""

@@ -23,7 +23,7 @@ class AffinePixels(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Scale and centre x (B, ...)."""
-        log_det = zero_log_det(x) - x[0].numel() * math.log(self.grey_levels)
+        log_det = zero_log_det(x) - math.prod(x.shape[1:]) * math.log(self.grey_levels)
         return x / self.grey_levels - 0.5, log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:

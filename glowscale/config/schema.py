@@ -13,12 +13,19 @@ from pydantic import (
     model_validator,
 )
 
+from glowscale.files import is_url
+
 FilePath = Annotated[
     Path,
     Field(strict=False),
     BeforeValidator(lambda value: str(value) if isinstance(value, (int, float)) else value),
     AfterValidator(Path.expanduser),
     PlainSerializer(str, when_used="json"),
+]
+Location = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if isinstance(value, (int, float, Path)) else value),
+    AfterValidator(lambda value: value if is_url(value) else str(Path(value).expanduser())),
 ]
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -84,7 +91,7 @@ class ShardsSource(Section):
     """WebDataset shards that other tools have written, indexed where they are."""
 
     kind: Literal["shards"] = Field(description="existing WebDataset shards, indexed in place")
-    path: FilePath = Field(description="their folder; sub-folders count")
+    path: Location = Field(description="their folder, or URLs such as http://x/{000..127}.tar")
     split: str | None = Field(None, description="the split that all samples are of, if not parted")
     held_out: HeldOut = Field(0.1, description="part of the samples held out as test, by key")
     resolution: Count | None = Field(
@@ -111,10 +118,24 @@ class Augment(Section):
     )
 
 
+class Cache(Section):
+    """Local copies of shards that lie behind URLs."""
+
+    dir: FilePath | None = Field(None, description="folder on a local disk; null for no copies")
+    gigabytes: Positive = Field(100.0, description="size that all copies together may have")
+
+
+class Transfer(Section):
+    """Reading what lies behind URLs."""
+
+    attempts: Count = Field(6, description="without a new byte, before a transfer is given up")
+    pause: Positive = Field(0.5, description="seconds before the second attempt; then doubled")
+
+
 class Data(Section):
     """The images and how they are read."""
 
-    dir: FilePath = Field(description="folder of the packed splits, made by make_shards.py")
+    dir: Location = Field(description="folder or URL of the splits, made by make_shards.py")
     source: Source | None = Field(None, description="what to pack into `dir` if it is not there")
     shard_size: Count = Field(10_000, description="images a shard when packing")
     train_split: str = Field("train", description="split to train on")
@@ -126,6 +147,11 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] = Field(
         0, description="reading processes beside each training process"
     )
+    lost_limit: Annotated[int, Field(ge=0)] = Field(
+        0, description="shards that may be unreadable in training; the run ends at one more"
+    )
+    transfer: Transfer = Field(Transfer(), description="reading what lies behind URLs")
+    cache: Cache = Field(Cache(), description="local copies of shards that lie behind URLs")
     augment: Augment = Field(Augment(), description="random changes by (seed, epoch, image)")
 
 

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from glowscale.data.augmentation import Augmentation
+from glowscale.data.cache import ShardCache
 from glowscale.data.digits import digits
 from glowscale.data.errors import DataError, ShardError
 from glowscale.data.existing import index_shards
 from glowscale.data.folder import folder
 from glowscale.data.idx import idx
 from glowscale.data.manifest import Manifest, load_manifest
+from glowscale.data.opening import Retry
 from glowscale.data.shards import Batch, ShardSet
 from glowscale.data.sources import Split
-from glowscale.data.stream import check_lanes, training_stream
+from glowscale.data.stream import Failure, Slice, check_lanes, training_stream
 from glowscale.data.torchvision_sets import torchvision
 from glowscale.data.writer import Packed, pack
 
@@ -30,16 +32,25 @@ __all__ = [
     "Augmentation",
     "Batch",
     "DataError",
+    "Failure",
     "Manifest",
     "Packed",
+    "Retry",
     "ShardError",
     "ShardSet",
+    "Slice",
     "check_lanes",
     "load_manifest",
     "make_shards",
+    "open_cache",
     "open_source",
     "training_stream",
 ]
+
+
+def open_cache(dir: Path | None, gigabytes: float) -> ShardCache | None:
+    """The cache that a config asks for, if it does."""
+    return ShardCache(dir, int(gigabytes * 1e9)) if dir else None
 
 
 def open_source(kind: str, arguments: Mapping[str, Any]) -> list[Split]:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from glowscale.data.errors import DataError, ShardError
 from glowscale.data.manifest import Shard
-from glowscale.data.opening import READ_BYTES, Source
+from glowscale.data.opening import READ_BYTES, Retry, Source
 from glowscale.files import TEMPORARY
 
 
@@ -32,7 +32,7 @@ class ShardCache:
     folder: Path
     most_bytes: int
 
-    def fetch(self, location: str, shard: Shard) -> Path:
+    def fetch(self, location: str, shard: Shard, retry: Retry | None = None) -> Path:
         """The local copy of a shard.
 
         Raises:
@@ -49,16 +49,16 @@ class ShardCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked(f"{shard.sha256}.lock"):
                 if not self._touch(copy):  # another process may have been faster
-                    self._fill(copy, location, shard)
+                    self._fill(copy, location, shard, retry)
         return copy
 
-    def _fill(self, copy: Path, location: str, shard: Shard) -> None:
+    def _fill(self, copy: Path, location: str, shard: Shard, retry: Retry | None) -> None:
         partial = copy.with_name(f"{copy.name}.{uuid.uuid4().hex}{TEMPORARY}")
         digest = hashlib.sha256()
         try:
             with (
                 self._reserve(partial, shard.bytes) as file,
-                Source(location, size=shard.bytes) as source,
+                Source(location, size=shard.bytes, retry=retry) as source,
             ):
                 while data := source.read(READ_BYTES):
                     digest.update(data)

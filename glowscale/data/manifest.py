@@ -18,9 +18,9 @@ from safetensors.numpy import save
 
 from glowscale.data.errors import DataError
 from glowscale.data.layout import PACKED, Layout
-from glowscale.data.opening import Source, is_url, join
+from glowscale.data.opening import Retry, Source
 from glowscale.data.view import View
-from glowscale.files import write_atomically
+from glowscale.files import is_url, join, write_atomically
 
 FORMAT = "glowscale shards 1"
 MANIFEST = "manifest.json"
@@ -80,7 +80,7 @@ class Manifest:
         write_atomically(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
 
-def load_manifest(folder: str | Path) -> Manifest:
+def load_manifest(folder: str | Path, retry: Retry | None = None) -> Manifest:
     """Read the manifest of a split, from its folder's path or URL.
 
     Raises:
@@ -90,7 +90,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     if not is_url(path) and not Path(path).is_file():
         raise DataError(f"{folder} has no {MANIFEST}; pack images with pipelines/make_shards.py.")
     try:
-        with Source(path) as source:
+        with Source(path, retry=retry) as source:
             content = json.loads(source.read())
         if content["format"] != FORMAT:
             raise DataError(f"{path} has the format {content['format']!r}, not {FORMAT!r}.")
@@ -121,11 +121,13 @@ class Offsets:
     Args:
         folder: the split's, a path or URL.
         samples: of the split.
+        retry: what is done about transfers that break.
     """
 
-    def __init__(self, folder: str, samples: int) -> None:
+    def __init__(self, folder: str, samples: int, retry: Retry | None = None) -> None:
         self.location = join(folder, OFFSETS)
         self.samples = samples
+        self.retry = retry
         self._start: int | None = None
 
     def read(self, start: int, stop: int) -> list[int]:
@@ -137,13 +139,13 @@ class Offsets:
         if self._start is None:
             self._start = self._read_header()
         size = self._start + WORD * self.samples
-        with Source(self.location, self._start + WORD * start, size) as source:
+        with Source(self.location, self._start + WORD * start, size, self.retry) as source:
             data = source.read(WORD * (stop - start))
         return np.frombuffer(data, "<i8").tolist()
 
     def _read_header(self) -> int:
         """Where the numbers start: safetensors begins with the length of its JSON header."""
-        with Source(self.location) as source:
+        with Source(self.location, retry=self.retry) as source:
             length = int.from_bytes(source.read(WORD), "little")
             content = source.read(min(length, MOST_HEADER))
         try:

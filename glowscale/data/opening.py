@@ -6,7 +6,6 @@ knows ranges only what is asked for is sent; elsewhere what lies before is read 
 
 import http.client
 import os
-import re
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +19,7 @@ import fsspec
 import webdataset
 
 from glowscale.data.errors import DataError, ShardError
+from glowscale.files import is_url
 
 READ_BYTES = 1 << 20
 TIMEOUT = 60.0
@@ -28,22 +28,6 @@ FOREVER = {400, 401, 403, 404, 405, 410}
 """HTTP's answers that another attempt will not change."""
 BROKEN = (OSError, EOFError, http.client.HTTPException)
 """What a transfer that breaks may raise; urllib's and fsspec's errors are among them."""
-
-
-def is_url(location: str) -> bool:
-    """Whether a location is no path of a local file.
-
-    >>> [is_url(x) for x in ("data/train", "https://host/train", "pipe:cat train.tar")]
-    [False, True, True]
-    """
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", location) is not None
-
-
-def join(folder: str, name: str) -> str:
-    """The location of a file in a folder; a name that is a location itself stays as it is."""
-    if is_url(name):
-        return name
-    return f"{folder.rstrip('/')}/{name}" if is_url(folder) else os.path.join(folder, name)
 
 
 @dataclass(frozen=True)
@@ -135,6 +119,9 @@ class Source:
         if None not in (size, self.size) and size != self.size:
             file.close()
             raise DataError(f"{self.location} has {size} bytes; the manifest says {self.size}.")
+        self.size = (
+            size if self.size is None else self.size
+        )  # so that an answer that ends early is known as such
         return file
 
     def _close(self) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from glowscale.data.cache import ShardCache
 from glowscale.data.errors import DataError, ShardError, UnreadableError
 from glowscale.data.manifest import Manifest, Offsets, load_manifest
-from glowscale.data.opening import Source, is_url, join
+from glowscale.data.opening import Retry, Source
 from glowscale.data.tar import RawSample, read_samples
+from glowscale.files import is_url, join
 
 
 class Batch(NamedTuple):
@@ -39,14 +40,18 @@ class ShardSet:
     Args:
         folder: the split's folder, a path or URL.
         cache: where shards that lie behind a URL are kept.
+        retry: what is done about transfers that break.
     """
 
-    def __init__(self, folder: str | Path, cache: ShardCache | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, cache: ShardCache | None = None, retry: Retry | None = None
+    ) -> None:
         self.folder = str(folder)
         self.cache = cache
-        self.manifest: Manifest = load_manifest(folder)
+        self.retry = retry
+        self.manifest: Manifest = load_manifest(folder, retry)
         self.class_numbers = {name: i for i, name in enumerate(self.manifest.classes)}
-        self.offsets = Offsets(self.folder, self.manifest.samples)
+        self.offsets = Offsets(self.folder, self.manifest.samples, retry)
 
     def read(self, shard: int, start: int, stop: int) -> list[RawSample]:
         """Samples start to stop (not included) of a shard, encoded; seeks to the first.
@@ -61,8 +66,8 @@ class ShardSet:
         first = int(self.manifest.starts[shard])
         offsets = self.offsets.read(first + start, first + stop)
         if self.cache and is_url(location):
-            location = str(self.cache.fetch(location, entry))
-        with Source(location, offsets[0], entry.bytes) as source:
+            location = str(self.cache.fetch(location, entry, self.retry))
+        with Source(location, offsets[0], entry.bytes, self.retry) as source:
             samples = _read_at(offsets, read_samples(source, location, offsets[0]))
         if len(samples) < len(offsets):
             raise ShardError(
@@ -71,34 +76,40 @@ class ShardSet:
             )
         return samples
 
-    def decode(self, samples: list[RawSample], ids: list[int], epochs: list[int]) -> Batch:
-        """Decode samples into a batch.
+    def decode_sample(self, sample: RawSample) -> tuple[Tensor, int]:
+        """The image of a sample, uint8 (C, H, W), and its class, -1 if it has none.
 
         Raises:
-            DataError: for a sample without a readable image of the manifest's shape and range.
+            DataError: without a readable image of the manifest's shape and range.
         """
-        shape = self.manifest.image_shape
-        images = torch.empty((len(samples), *shape), dtype=torch.uint8)
-        for image, sample in zip(images, samples, strict=True):
-            image.copy_(self._image(sample))
+        return self._image(sample), self._label(sample)
+
+    def batch(self, images: list[Tensor], labels: list[int], rows: list[tuple[int, int]]) -> Batch:
+        """Images, their labels and their (id, epoch) as a batch, which may be empty."""
+        none = torch.empty(0, *self.manifest.image_shape, dtype=torch.uint8)
         return Batch(
-            images=images,
-            labels=torch.tensor([self._label(sample) for sample in samples]),
-            ids=torch.tensor(ids),
-            epochs=torch.tensor(epochs),
+            images=torch.stack(images) if images else none,
+            labels=torch.tensor(labels, dtype=torch.int64),
+            ids=torch.tensor([identity for identity, _ in rows], dtype=torch.int64),
+            epochs=torch.tensor([epoch for _, epoch in rows], dtype=torch.int64),
         )
+
+    def shard_of(self, identity: int) -> int:
+        """The shard that holds the sample with this id."""
+        return int(np.searchsorted(self.manifest.starts, identity, side="right")) - 1
 
     def read_batch(self, start: int, stop: int) -> Batch:
         """The samples with ids start to stop (not included), in order."""
         starts = self.manifest.starts
         samples: list[RawSample] = []
-        first = int(np.searchsorted(starts, start, side="right")) - 1
-        for shard in range(first, len(self.manifest.shards)):
+        for shard in range(self.shard_of(start), len(self.manifest.shards)):
             low, high = int(starts[shard]), int(starts[shard + 1])
             if low >= stop:
                 break
             samples += self.read(shard, max(start, low) - low, min(stop, high) - low)
-        return self.decode(samples, list(range(start, stop)), [0] * len(samples))
+        decoded = [self.decode_sample(sample) for sample in samples]
+        images, labels = [image for image, _ in decoded], [label for _, label in decoded]
+        return self.batch(images, labels, [(identity, 0) for identity in range(start, stop)])
 
     def _label(self, sample: RawSample) -> int:
         """The sample's class, -1 if it has none."""

@@ -72,7 +72,7 @@ def part_keys(keys: Sequence[str], split: str | None, held_out: float) -> dict[s
     Raises:
         DataError: if there are too few images for two splits.
 
-    >>> part_keys(["a", "b", "c"], None, 0.34)
+    >>> part_keys(["a", "b", "c"], None, 0.2)
     {'train': [0, 1], 'test': [2]}
     """
     if split is not None:

@@ -9,15 +9,16 @@ owns which lane changes nothing in what the lanes hold.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from glowscale.data.augmentation import NO_AUGMENTATION, Augmentation
 from glowscale.data.errors import DataError
 from glowscale.data.shards import Batch, ShardSet, cat_batches
 from glowscale.data.tar import RawSample
-from glowscale.errors import UserError
 from glowscale.randomness import generator
 
 
@@ -69,9 +70,30 @@ class Lanes:
         return [n for n in range(1, self.count + 1) if self.count % n == 0]
 
 
-@dataclass(frozen=True)
+class Failure(NamedTuple):
+    """A shard of which something could not be read."""
+
+    shard: str
+    sentence: str
+
+
+class Slice(NamedTuple):
+    """A part of a global batch."""
+
+    batch: Batch
+    """The samples; what could not be read is missing, a hole in the order of all others."""
+    failures: list[Failure]
+    """What is newly known to be unreadable."""
+
+
+Row = tuple[RawSample | None, int, int]
+"""A sample, or None for a hole, with its id and epoch."""
+
+
 class LaneReader:
     """Reads lanes of a split in their shuffled order.
+
+    What cannot be read leaves holes: the place, the id and all other samples stay as they are.
 
     Args:
         shards: the split.
@@ -81,14 +103,25 @@ class LaneReader:
         augmentation: how images are changed, by (seed, epoch, id).
     """
 
-    shards: ShardSet
-    lanes: Lanes
-    seed: int
-    shuffle_block: int
-    augmentation: Augmentation = NO_AUGMENTATION
+    def __init__(
+        self,
+        shards: ShardSet,
+        lanes: Lanes,
+        seed: int,
+        shuffle_block: int,
+        augmentation: Augmentation = NO_AUGMENTATION,
+    ) -> None:
+        self.shards = shards
+        self.lanes = lanes
+        self.seed = seed
+        self.shuffle_block = shuffle_block
+        self.augmentation = augmentation
+        self._failures: dict[str, Failure] = {}
+        self._told = 0
+        self._lines: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def read(self, lane: int, position: int) -> Iterator[tuple[RawSample, int, int]]:
-        """Samples of a lane from a position on, without end, each with its id and epoch."""
+    def read(self, lane: int, position: int) -> Iterator[Row]:
+        """Samples of a lane from a position on, without end."""
         while True:
             epoch = self.lanes.epoch_at(lane, position)
             start, stop = self.lanes.positions(lane, epoch)
@@ -102,41 +135,75 @@ class LaneReader:
                 yield sample, identity, epoch
             position = start + last
 
-    def decode(self, rows: list[tuple[RawSample, int, int]]) -> Batch:
+    def decode(self, rows: list[Row]) -> Slice:
         """Decode and augment what `read` gave."""
-        samples, ids, epochs = zip(*rows, strict=True)
-        batch = self.shards.decode(list(samples), list(ids), list(epochs))
-        for image, identity, epoch in zip(batch.images, ids, epochs, strict=True):
-            changed = self.augmentation(image, self.seed, epoch, identity)
-            if changed is not image:
-                image.copy_(changed)
-        return batch
+        kept: list[tuple[int, int]] = []
+        images: list[Tensor] = []
+        labels: list[int] = []
+        for sample, identity, epoch in rows:
+            if sample is None:
+                continue
+            try:
+                image, label = self.shards.decode_sample(sample)
+            except DataError as error:
+                self._fail(self.shards.shard_of(identity), error)
+                continue
+            images.append(self.augmentation(image, self.seed, epoch, identity))
+            labels.append(label)
+            kept.append((identity, epoch))
+        told, self._told = self._told, len(self._failures)
+        return Slice(self.shards.batch(images, labels, kept), [*self._failures.values()][told:])
+
+    def part_of_line(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The shards of a line's part, each with its first and last (not included) sample."""
+        order, ends = self._line(epoch)
+        place = int(np.searchsorted(ends, start, side="right"))
+        while start < stop:
+            shard, end = int(order[place]), int(ends[place])
+            origin = end - self.shards.manifest.shards[shard].samples
+            upto = min(stop, end)
+            yield shard, start - origin, upto - origin
+            start, place = upto, place + 1
 
     def _read_line(
         self, epoch: int, origin: int, first: int, last: int
-    ) -> list[tuple[RawSample, int]]:
+    ) -> list[tuple[RawSample | None, int]]:
         """Samples origin + first to origin + last of an epoch's line, with their ids."""
-        manifest = self.shards.manifest
-        order = generator(self.seed, "shards", epoch).permutation(len(manifest.shards))
-        ends = np.cumsum(np.diff(manifest.starts)[order])
-        start, stop = origin + first, origin + last
-        result: list[tuple[RawSample, int]] = []
-        place = int(np.searchsorted(ends, start, side="right"))
-        while start < stop:
-            shard = int(order[place])
-            shard_start = int(ends[place]) - manifest.shards[shard].samples
-            upto = min(stop, int(ends[place]))
-            samples = self.shards.read(shard, start - shard_start, upto - shard_start)
-            offset = int(manifest.starts[shard]) + start - shard_start
-            result += zip(samples, range(offset, offset + len(samples)), strict=True)
-            start, place = upto, place + 1
+        result: list[tuple[RawSample | None, int]] = []
+        for shard, start, stop in self.part_of_line(epoch, origin + first, origin + last):
+            offset = int(self.shards.manifest.starts[shard])
+            ids = range(offset + start, offset + stop)
+            result += zip(self._read_shard(shard, start, stop), ids, strict=True)
         return result
 
+    def _read_shard(self, shard: int, start: int, stop: int) -> list[RawSample | None]:
+        """Samples of a shard, or as many holes."""
+        try:
+            return [*self.shards.read(shard, start, stop)]
+        except DataError as error:
+            self._fail(shard, error)
+            return [None] * (stop - start)
 
-class _LaneSlices(IterableDataset[Batch | UserError]):
+    def _fail(self, shard: int, error: DataError) -> None:
+        """Remember the first thing that is wrong with a shard."""
+        name = self.shards.manifest.shards[shard].name
+        self._failures.setdefault(name, Failure(name, str(error)))
+
+    def _line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The order of the shards in an epoch, and where each one ends in the line."""
+        if epoch not in self._lines:
+            counts = np.diff(self.shards.manifest.starts)
+            order = generator(self.seed, "shards", epoch).permutation(len(counts))
+            # Lanes are never more than an epoch apart.
+            self._lines = {e: x for e, x in self._lines.items() if abs(e - epoch) == 1}
+            self._lines[epoch] = order, np.cumsum(counts[order])
+        return self._lines[epoch]
+
+
+class _LaneSlices(IterableDataset[Slice]):
     """Endless slices of the global batches: `per_lane` samples of every lane in each.
 
-    A DataLoader's worker yields those of its own part of the lanes, or what is wrong with them.
+    A DataLoader's worker yields those of its own part of the lanes.
     """
 
     def __init__(
@@ -147,17 +214,13 @@ class _LaneSlices(IterableDataset[Batch | UserError]):
         self.position = position
         self.per_lane = per_lane
 
-    def __iter__(self) -> Iterator[Batch | UserError]:
+    def __iter__(self) -> Iterator[Slice]:
         info = get_worker_info()
         part = self.parts[info.id if info else 0]
         lanes = [self.reader.read(lane, self.position) for lane in part]
-        try:
-            while True:
-                yield self.reader.decode(
-                    [next(lane) for lane in lanes for _ in range(self.per_lane)]
-                )
-        except UserError as error:  # raised, it would reach the user as a worker's traceback
-            yield error
+        while True:
+            rows = [next(lane) for lane in lanes for _ in range(self.per_lane)]
+            yield self.reader.decode(rows)
 
 
 def training_stream(
@@ -172,11 +235,12 @@ def training_stream(
     world_size: int = 1,
     workers: int = 0,
     augmentation: Augmentation = NO_AUGMENTATION,
-) -> Iterator[Batch]:
+) -> Iterator[Slice]:
     """This process's parts of the global batches from `cursor` on, without end.
 
     Rank r's part is the r-th of `world_size` equal slices of the global batch, so the batch is
-    the same whatever the number of processes and workers.
+    the same whatever the number of processes and workers. What cannot be read is missing from it
+    and told in the slice's failures.
 
     Args:
         shards: the split to read.
@@ -221,12 +285,9 @@ def check_lanes(lanes: int, batch: int, world_size: int) -> None:
         )
 
 
-def _joined(slices: Iterator[Batch | UserError], parts: int) -> Iterator[Batch]:
+def _joined(slices: Iterator[Slice], parts: int) -> Iterator[Slice]:
     """Join the workers' slices; the loader yields them in turn, worker by worker."""
     while True:
-        joined: list[Batch] = []
-        for part in (next(slices) for _ in range(parts)):
-            if isinstance(part, UserError):
-                raise part
-            joined.append(part)
-        yield cat_batches(joined)
+        joined = [next(slices) for _ in range(parts)]
+        failures = [failure for part in joined for failure in part.failures]
+        yield Slice(cat_batches([part.batch for part in joined]), failures)

@@ -34,6 +34,8 @@ class TrainingState:
         """Since the last line of metrics: bits/dim, images, masked updates."""
         self.masked_in_a_row = 0
         """Updates in a row, up to the last, that were not finite."""
+        self.lost_shards: list[str] = []
+        """Names of the shards of which something could not be read, in order."""
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where a checkpoint stands; raises CheckpointError if it does not fit."""
@@ -43,6 +45,7 @@ class TrainingState:
         load_optimizer_tensors(self.optimizer, self.model, tensors["optimizer"])
         self.images = checkpoint.state["images"]
         self.masked_in_a_row = checkpoint.state.get("masked_in_a_row", 0)
+        self.lost_shards = checkpoint.state.get("lost_shards", [])
         self.window.copy_(torch.tensor(checkpoint.state["window"], dtype=torch.float64))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -59,6 +62,7 @@ class TrainingState:
             "images": self.images,
             "window": self.window.tolist(),
             "masked_in_a_row": self.masked_in_a_row,
+            "lost_shards": self.lost_shards,
         }
 
     def non_finite_tensor(self) -> str | None:

@@ -18,10 +18,20 @@ from tqdm import tqdm
 from glowscale.bijections import initializing
 from glowscale.checkpoint import load_tensors
 from glowscale.config import Config, ConfigError
-from glowscale.data import Augmentation, Batch, ShardSet, check_lanes, training_stream
+from glowscale.data import (
+    Augmentation,
+    DataError,
+    Retry,
+    ShardSet,
+    Slice,
+    check_lanes,
+    open_cache,
+    training_stream,
+)
 from glowscale.distributed import failing_together, refuse_disagreement, sum_over_ranks
 from glowscale.errors import UserError
 from glowscale.evaluation import Evaluation, check_fits, evaluate, refuse_unlabelled
+from glowscale.files import join
 from glowscale.jobs import say
 from glowscale.models import MultiscaleFlow, build_model
 from glowscale.pictures import save_curves
@@ -81,6 +91,7 @@ class Trainer:
             self._held = held.pop_all()
         self.update = Updater(
             config.train,
+            config.data.lost_limit,
             config.run.seed,
             accelerator,
             accelerator.prepare(model),
@@ -242,8 +253,10 @@ class Trainer:
         """Training and held-out data, the same on all processes."""
         data = self.config.data
         with failing_together():
-            train = ShardSet(data.dir / data.train_split)
-            held_out = ShardSet(data.dir / data.held_out_split)
+            splits = (data.train_split, data.held_out_split)
+            cache = open_cache(**data.cache.model_dump())
+            retry = Retry(**data.transfer.model_dump())
+            train, held_out = (ShardSet(join(data.dir, split), cache, retry) for split in splits)
         manifests = [train.manifest, held_out.manifest]
         seen = " and ".join(f"{m.fingerprint[:8]} in {m.offsets_sha256[:8]}" for m in manifests)
         refuse_disagreement("data", seen)
@@ -307,7 +320,10 @@ class Trainer:
 
     def _initialize(self, model: MultiscaleFlow) -> None:
         """Initialize ActNorm from the stream's first images."""
-        batch = next(self._stream(0, self.config.train.init_images, workers=0))
+        with failing_together():
+            batch, failures = next(self._stream(0, self.config.train.init_images, workers=0))
+            if failures and not self.config.data.lost_limit:
+                raise DataError(failures[0].sentence)
         refuse_unlabelled(model, batch)
         seed = self.config.run.seed
         noise = model.draw_noise((seed, "initialization", i) for i in batch.ids.tolist())
@@ -334,7 +350,7 @@ class Trainer:
             if self.is_main:
                 self.folder.save(state)
 
-    def _stream(self, cursor: int, batch: int, workers: int) -> Iterator[Batch]:
+    def _stream(self, cursor: int, batch: int, workers: int) -> Iterator[Slice]:
         data = self.config.data
         return training_stream(
             self.train_shards,

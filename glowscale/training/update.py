@@ -1,6 +1,5 @@
 """One update: the gradient of a global batch, the masked step, and what was wrong with it."""
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -10,10 +9,11 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from glowscale.config.schema import Train
-from glowscale.data import Batch
-from glowscale.distributed import LateFlag, sum_over_ranks
+from glowscale.data import Batch, DataError, Failure, Slice
+from glowscale.distributed import LateWord, sum_over_ranks
 from glowscale.errors import UserError
 from glowscale.evaluation import bits_per_dim, refuse_unlabelled
+from glowscale.jobs import say
 from glowscale.training.diagnosis import Diagnosis, first_non_finite, non_finite_gradient
 from glowscale.training.optimizer import learning_rate
 from glowscale.training.state import TrainingState
@@ -26,15 +26,22 @@ class NonFiniteError(UserError):
     """A loss or gradient that is not finite, again and again."""
 
 
+class LostDataError(DataError):
+    """More shards than the config tolerates could not be read."""
+
+
 class Updater:
     """Updates a training state by global batches.
 
-    An update whose loss or gradient is not finite is masked: on all processes together, on the
-    device, so that neither weights nor the optimizer's state see it. One step later, when the
-    host knows without waiting, the images and the layer are named; so many in a row end the run.
+    Each step reduces one word over the processes, [bits, valid images, new failures of data],
+    and the host reads what follows from it a step later, without waiting. An update whose loss
+    or gradient is not finite is masked: on all processes together, on the device, so that neither
+    weights nor the optimizer's state see it. Then the images and the layer are named, and so many
+    in a row end the run; so do more unreadable shards than are tolerated, on every process.
 
     Args:
         settings: the config's section `train`.
+        lost_limit: shards that may be unreadable; their images are missing from the batches.
         seed: of the dequantization noise.
         accelerator: the processes.
         parallel_model: the state's model, wrapped for them.
@@ -45,6 +52,7 @@ class Updater:
     def __init__(
         self,
         settings: Train,
+        lost_limit: int,
         seed: int,
         accelerator: Accelerator,
         parallel_model: nn.Module,
@@ -52,59 +60,105 @@ class Updater:
         note: Callable[[int, Diagnosis], None],
     ) -> None:
         self.settings = settings
+        self.lost_limit = lost_limit
         self.seed = seed
         self.accelerator = accelerator
         self.parallel_model = parallel_model
         self.state = state
         self.note = note
-        self._masked = LateFlag()
-        self._last: Batch | None = None
+        self._word = LateWord()
+        self._last: Slice | None = None
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, part: Slice) -> Tensor:
         """One step on this process's part of a global batch; return the gradient's norm.
 
         The loss is the sum of bits/dim (and the model's penalties, if any) over the global batch,
-        divided by its number of images; DDP averages gradients over the processes, hence the
-        factor `num_processes`.
+        divided by its number of valid images; DDP averages gradients over the processes, hence
+        the factor `num_processes`.
 
         Raises:
             NonFiniteError: if too many updates in a row had to be masked.
+            LostDataError: if too many shards cannot be read.
         """
         settings, state = self.settings, self.state
-        parts = micro_batches(batch, settings.micro_batch)
+        part = self._without_unlabelled(part)
         weight = self.accelerator.num_processes / settings.batch
-        total = torch.zeros((), dtype=torch.float64, device=state.window.device)
+        bits = self._backward(part.batch, weight)
+        self.settle()  # before the weights change, so that the last batch can be looked at again
+        local = torch.stack(
+            [bits, *(torch.full_like(bits, n) for n in (len(part.batch.ids), len(part.failures)))]
+        )
+        total, valid, failures = sum_over_ranks(local)
+        state.images += settings.batch
+        gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
+        if self.lost_limit:  # the sum was divided by the whole batch
+            torch._foreach_mul_(gradients, settings.batch / valid.clamp(min=1))
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        masked = ~(total.isfinite() & norm.isfinite() & (valid > 0))
+        self._step(norm, masked)
+        state.ema.update(state.model, settings.batch, state.images)
+        none, one = torch.zeros_like(total), torch.ones_like(total)
+        taken, left = torch.stack([total, valid, none]), torch.stack([none, none, one])
+        state.window += taken.where(~masked, left)
+        self._word.put(torch.stack([masked.to(total), failures]))
+        self._last = part
+        return norm
+
+    def settle(self) -> None:
+        """Learn what became of the last update, and say so; all processes call it."""
+        word = self._word.take()
+        if word is None or self._last is None:
+            return
+        masked, failures = word
+        if failures:
+            self._count_lost(self._last.failures)
+        if masked:
+            self._count_masked(self._last.batch)
+        else:
+            self.state.masked_in_a_row = 0
+
+    def _without_unlabelled(self, part: Slice) -> Slice:
+        """Images without the label that the model needs are as good as unreadable."""
+        try:
+            refuse_unlabelled(self.state.model, part.batch)
+        except DataError as error:
+            known = part.batch.labels >= 0
+            batch = Batch(*(x[known] for x in part.batch))
+            return Slice(batch, [*part.failures, Failure("images without a label", str(error))])
+        return part
+
+    def _backward(self, batch: Batch, weight: float) -> Tensor:
+        """Accumulate the gradient; return the sum of bits/dim."""
+        parts = micro_batches(batch, self.settings.micro_batch)
+        total = torch.zeros((), dtype=torch.float64, device=self.state.window.device)
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.parallel_model):
                 bits, penalty = self._score(self.parallel_model, part)
                 self.accelerator.backward((bits + penalty) * weight)
             total += bits.detach()
-        self.settle()  # before the weights change, so that the last batch can be looked at again
-        total = sum_over_ranks(total)
-        state.images += settings.batch
-        norm = torch.nn.utils.get_total_norm(self._gradients(), foreach=True)
-        masked = ~(total.isfinite() & norm.isfinite())
-        self._step(norm, masked)
-        state.ema.update(state.model, settings.batch, state.images)
-        seen = torch.full_like(total, settings.batch)
-        none, one = torch.zeros_like(total), torch.ones_like(total)
-        taken, left = torch.stack([total, seen, none]), torch.stack([none, none, one])
-        state.window += taken.where(~masked, left)
-        self._masked.put(masked)
-        self._last = batch
-        return norm
+        return total
 
-    def settle(self) -> None:
-        """Learn whether the last update was masked, and say why; all processes call it."""
-        masked = self._masked.take()
-        if masked is None or self._last is None:
-            return
-        if not masked:
-            self.state.masked_in_a_row = 0
-            return
+    def _count_lost(self, failures: list[Failure]) -> None:
+        """Note shards that some process could not read; end the run where there are too many."""
+        found: list[Failure] = gather_object(failures)
+        for failure in found:
+            if failure.shard in self.state.lost_shards:
+                continue
+            self.state.lost_shards.append(failure.shard)
+            count = len(self.state.lost_shards)
+            if count > self.lost_limit:
+                raise LostDataError(
+                    f"{failure.sentence.rstrip('.')}; data.lost_limit tolerates "
+                    f"{self.lost_limit} unreadable shards."
+                )
+            if self.accelerator.is_main_process:
+                say(f"WARNING: {failure.sentence} Lost shards: {count}, of {self.lost_limit}.")
+
+    def _count_masked(self, batch: Batch) -> None:
+        """Say what was not finite; end the run where it happens again and again."""
         self.state.masked_in_a_row += 1
-        diagnosis = self._diagnose(self._last)
+        diagnosis = self._diagnose(batch)
         self.note(self.state.images, diagnosis)
         what = describe(diagnosis)
         if self.state.masked_in_a_row >= self.settings.masked_limit:
@@ -115,10 +169,9 @@ class Updater:
                 f"bound model.scale."
             )
         if self.accelerator.is_main_process:
-            print(
+            say(
                 f"WARNING: the update at image {self.state.images:,} was not finite and is "
-                f"masked{what}.",
-                file=sys.stderr,
+                f"masked{what}."
             )
 
     def learning_rate(self) -> float:
@@ -140,12 +193,8 @@ class Updater:
         """Images, labels and noise, on the device."""
         rows = zip(batch.epochs.tolist(), batch.ids.tolist(), strict=True)
         noise = self.state.model.draw_noise((self.seed, "dequantization", *row) for row in rows)
-        refuse_unlabelled(self.state.model, batch)
         inputs = (batch.images, batch.labels, noise)
         return tuple(x.to(self.accelerator.device, non_blocking=True) for x in inputs)
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.state.model.parameters() if p.grad is not None]
 
     def _step(self, norm: Tensor, masked: Tensor) -> None:
         """Clip, set the learning rate, update the weights unless masked."""
@@ -181,6 +230,8 @@ class Updater:
 def micro_batches(batch: Batch, most: int | None) -> list[Batch]:
     """Cut a process's part of a batch into pieces of at most so many images."""
     count = len(batch.ids)
+    if not count:
+        return [batch]  # its holes are all that there is; the other processes still wait
     size = min(most or count, count)
     return [Batch(*(x[i : i + size] for x in batch)) for i in range(0, count, size)]
 
