@@ -63,12 +63,12 @@ def test_a_folder_of_photographs_is_packed_counted_trained_on_and_sampled(
     assert "already done" in again.stderr
     overrides = [f"run.dir={tmp_path / 'run'}", f"data.dir={tmp_path / 'data'}"]
     steps = ["train.images=320", "model.depth=2", "evaluate.every=160", "log.every=32"]
-    trained = run_job("train.py", config, *overrides, *steps, "--json", threads=2)
+    trained = run_job("train.py", config, *overrides, *steps, "--json")
     print(trained.stderr)
     assert last_json(trained)["image_shape"] == [3, 64, 64]
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     figures = [line["bits_per_dim"] for line in lines if line["kind"] == "held_out"]
     assert figures[-1] < figures[0] < 8.5
     out = tmp_path / "samples"
-    run_job("sample.py", tmp_path / "run", "--count", 16, "--out", out, threads=2)
+    run_job("sample.py", tmp_path / "run", "--count", 16, "--out", out)
     assert np.asarray(Image.open(out / "grid.png")).std() > 10

@@ -12,7 +12,7 @@ def test_quickstart_beats_the_histogram_and_leaves_its_pictures(
 ) -> None:
     overrides = [f"run.dir={tmp_path / 'run'}", f"data.dir={tmp_path / 'data'}"]
     config = ROOT / "configs" / "quickstart.yaml"
-    result = last_json(run_job("train.py", config, *overrides, "--json", threads=2))
+    result = last_json(run_job("train.py", config, *overrides, "--json"))
     assert result["images"] == 297
     assert 2.3 < result["histogram_bits_per_dim"] < 2.5
     assert result["bits_per_dim"] <= result["histogram_bits_per_dim"] - 0.15

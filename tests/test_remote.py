@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import webdataset
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -16,6 +18,7 @@ from torch import Tensor
 from glowscale.checkpoint import find_checkpoint
 from glowscale.config import parse_config
 from glowscale.data import ShardError
+from glowscale.data.existing import index_shards
 from glowscale.training import Trainer
 from tests.conftest import Runner
 from tests.servers import serving
@@ -71,6 +74,26 @@ def test_a_server_that_never_answers_ends_the_run_with_its_url(
         weights_after(config_dict, tmp_path / "run", dir=server.url("always_busy"))
     assert f"{server.url('always_busy')}/train/manifest.json cannot be read" in str(caught.value)
     assert "HTTP Error 503" in str(caught.value)
+
+
+def test_shards_behind_urls_are_indexed_and_trained_on_where_they_are(
+    config_dict: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "far").mkdir()
+    for part in range(3):
+        with webdataset.TarWriter(str(tmp_path / "far" / f"part-{part}.tar")) as writer:
+            for i in range(20):
+                image = np.full((8, 8, 3), 4 * (20 * part + i), np.uint8)
+                writer.write({"__key__": f"{part}_{i:02d}", "npy": image, "cls": str(part)})
+    with serving(tmp_path / "far") as server:
+        urls = server.url("rangeless") + "/part-{0..2}.tar"
+        packed = index_shards(tmp_path / "index", urls, held_out=0.3)
+        assert sum(split.manifest.samples for split in packed.values()) == 60
+        assert packed["train"].manifest.classes == ("0", "1", "2")
+        weights_after(config_dict, tmp_path / "run", dir=str(tmp_path / "index"))
+    local = index_shards(tmp_path / "local", tmp_path / "far", held_out=0.3)
+    for name, split in packed.items():
+        assert split.manifest.fingerprint == local[name].manifest.fingerprint
 
 
 @pytest.fixture

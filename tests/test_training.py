@@ -126,6 +126,31 @@ def test_two_processes_train_as_one(config_path: Path, tmp_path: Path, run_job: 
             torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-8, msg=key)
 
 
+def test_a_run_may_go_on_with_another_number_of_processes(
+    config_path: Path, tmp_path: Path, run_job: Runner
+) -> None:
+    options = ["train.precision=float64", "train.schedule.decay=constant", "log.every=16"]
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    run_job("train.py", config_path, f"run.dir={whole}", *options)
+    for processes, images in ((2, 96), (1, 208), (2, 320)):
+        command = [config_path, f"run.dir={changed}", *options, f"train.images={images}"]
+        run_job("train.py", *command, processes=processes)
+    one, other = (final_tensors(run) for run in (whole, changed))
+    for key, value in one.items():
+        torch.testing.assert_close(value, other[key], rtol=0, atol=1e-8, msg=key)
+    steps = [
+        [
+            x
+            for x in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+            if x.pop("kind") == "train"
+        ]
+        for run in (whole, changed)
+    ]
+    assert len(steps[0]) == 20
+    for a, b in zip(*steps, strict=True):
+        assert a == pytest.approx(b, rel=0, abs=1e-8)
+
+
 def test_accumulation_gives_the_gradients_of_the_whole_batch(
     config_dict: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -119,9 +119,8 @@ class Source:
         if None not in (size, self.size) and size != self.size:
             file.close()
             raise DataError(f"{self.location} has {size} bytes; the manifest says {self.size}.")
-        self.size = (
-            size if self.size is None else self.size
-        )  # so that an answer that ends early is known as such
+        if self.size is None:
+            self.size = size  # so that an answer that ends early is known as such
         return file
 
     def _close(self) -> None:
