@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from glowscale.checkpoint import find_checkpoint
 from glowscale.config import parse_config
-from glowscale.data import ShardSet
+from glowscale.data import ShardSet, Slice
 from glowscale.training import NonFiniteError, Trainer
 from tests.conftest import Runner, job_command, job_environment
 
@@ -176,3 +176,38 @@ def test_weights_that_are_not_finite_are_never_saved(
         trainer.train()
     assert_finite_checkpoint(tmp_path / "run")
     assert lines_of(tmp_path / "run", "masked")[0]["place"] == "prior (Gaussian)"
+
+
+def test_the_loss_is_weighted_by_the_images_that_are_there(
+    config_dict: dict[str, Any], tmp_path: Path
+) -> None:
+    """A batch of 16 with four holes gives the update of a batch of 12."""
+    config_dict["train"] |= {
+        "precision": "float64",
+        "clip": None,
+        "schedule": {"decay": "constant"},
+    }
+    config_dict["data"]["lost_limit"] = 1
+    shards = ShardSet(Path(config_dict["data"]["dir"]) / "train")
+    weights, norms = [], []
+    for batch in (16, 12):
+        config_dict["run"]["dir"] = str(tmp_path / f"batch_{batch}")
+        config_dict["train"]["batch"] = batch
+        trainer = Trainer(parse_config(config_dict), Accelerator(cpu=True))
+        norms.append(float(trainer.update(Slice(shards.read_batch(0, 12), []))))
+        weights.append(trainer.state.model.state_dict())
+        assert trainer.state.window[1] == 12
+    assert norms[0] == pytest.approx(norms[1], rel=1e-12)
+    for key, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][key], rtol=0, atol=1e-12, msg=key)
+
+
+def test_a_batch_of_holes_alone_changes_nothing(config_dict: dict[str, Any]) -> None:
+    config_dict["data"]["lost_limit"] = 1
+    trainer = Trainer(parse_config(config_dict), Accelerator(cpu=True))
+    before = {key: value.clone() for key, value in trainer.state.model.state_dict().items()}
+    shards = ShardSet(Path(config_dict["data"]["dir"]) / "train")
+    trainer.update(Slice(shards.batch([], [], []), []))
+    after = trainer.state.model.state_dict()
+    assert all(torch.equal(before[key], value) for key, value in after.items())
+    assert trainer.state.images == 16
