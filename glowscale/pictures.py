@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from glowscale.data.images import encode_png
 from glowscale.files import write_atomically
 
+GAP_SHADE = 64
+"""Dark grey, which is told from black and from white images."""
 GRID_SIDE = 512
 """Small images are magnified until a grid is about so many pixels wide."""
 
@@ -24,8 +25,20 @@ def save_grid(images: Tensor, grey_levels: int, path: Path) -> None:
     factor = max(1, GRID_SIDE // (columns * images.shape[-1]))
     scaled = (images[:, :3].float() * (255 / (grey_levels - 1))).round().to(torch.uint8)
     large = scaled.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    grid = make_grid(large, nrow=columns, padding=factor, pad_value=64)
-    write_atomically(path, encode_png(grid.numpy()))
+    write_atomically(path, encode_png(_arrange(large, columns, factor).numpy()))
+
+
+def _arrange(images: Tensor, columns: int, gap: int) -> Tensor:
+    """Lay uint8 images (B, C, H, W) out as one (3, rows, columns), with gaps between them."""
+    _, _, height, width = images.shape
+    rows = math.ceil(len(images) / columns)
+    size = (3, rows * (height + gap) + gap, columns * (width + gap) + gap)
+    grid = torch.full(size, GAP_SHADE, dtype=torch.uint8)
+    for index, image in enumerate(images):
+        top = gap + index // columns * (height + gap)
+        left = gap + index % columns * (width + gap)
+        grid[:, top : top + height, left : left + width] = image
+    return grid
 
 
 def save_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:

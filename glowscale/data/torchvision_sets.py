@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from urllib.error import URLError
 
 from PIL import Image
-from torchvision import datasets
 
 from glowscale.data.errors import DataError, UnreadableError
 from glowscale.data.sources import Sample, Split, identity_of, part_keys
@@ -23,14 +22,12 @@ class Known:
     """A data set of torchvision and how its splits are asked for.
 
     Args:
-        open: its class.
         splits: arguments by the name of our split; one without arguments is parted by key.
         download: whether torchvision can fetch it.
         classes: names of its classes where the data set does not tell them.
         arguments: for all splits.
     """
 
-    open: Callable[..., Any]
     splits: dict[str, dict[str, Any]]
     download: bool = True
     classes: tuple[str, ...] = ()
@@ -43,23 +40,19 @@ DIGITS = tuple("0123456789")
 UNLABELLED: dict[str, Any] = {"target_type": []}
 
 SETS: dict[str, Known] = {
-    "CIFAR10": Known(datasets.CIFAR10, BY_FLAG),
-    "CIFAR100": Known(datasets.CIFAR100, BY_FLAG),
-    "CelebA": Known(datasets.CelebA, BY_NAME, arguments=UNLABELLED),
-    "FashionMNIST": Known(datasets.FashionMNIST, BY_FLAG),
-    "Flowers102": Known(datasets.Flowers102, BY_NAME),
-    "Food101": Known(datasets.Food101, BY_NAME),
-    "ImageFolder": Known(datasets.ImageFolder, {"train": {}}, download=False),
-    "ImageNet": Known(
-        datasets.ImageNet, {"train": {"split": "train"}, "test": {"split": "val"}}, download=False
-    ),
-    "KMNIST": Known(datasets.KMNIST, BY_FLAG),
-    "MNIST": Known(datasets.MNIST, BY_FLAG),
-    "OxfordIIITPet": Known(
-        datasets.OxfordIIITPet, {"train": {"split": "trainval"}, "test": {"split": "test"}}
-    ),
-    "STL10": Known(datasets.STL10, BY_NAME),
-    "SVHN": Known(datasets.SVHN, BY_NAME, classes=DIGITS),
+    "CIFAR10": Known(BY_FLAG),
+    "CIFAR100": Known(BY_FLAG),
+    "CelebA": Known(BY_NAME, arguments=UNLABELLED),
+    "FashionMNIST": Known(BY_FLAG),
+    "Flowers102": Known(BY_NAME),
+    "Food101": Known(BY_NAME),
+    "ImageFolder": Known({"train": {}}, download=False),
+    "ImageNet": Known({"train": {"split": "train"}, "test": {"split": "val"}}, download=False),
+    "KMNIST": Known(BY_FLAG),
+    "MNIST": Known(BY_FLAG),
+    "OxfordIIITPet": Known({"train": {"split": "trainval"}, "test": {"split": "test"}}),
+    "STL10": Known(BY_NAME),
+    "SVHN": Known(BY_NAME, classes=DIGITS),
 }
 """The data sets that can be packed, by torchvision's own names."""
 
@@ -102,7 +95,7 @@ def torchvision(
 
 def _keys(name: str, images: Any, root: Path) -> list[str]:  # noqa: ANN401
     """Keys of a data set's images: their paths where they are files, else their places."""
-    if isinstance(images, datasets.ImageFolder):
+    if hasattr(images, "imgs"):  # an ImageFolder
         return [
             Path(file).relative_to(root).as_posix().replace(".", "_") for file, _ in images.imgs
         ]
@@ -111,11 +104,13 @@ def _keys(name: str, images: Any, root: Path) -> list[str]:  # noqa: ANN401
 
 def _open(name: str, root: Path, arguments: dict[str, Any], download: bool) -> Any:  # noqa: ANN401
     """The data set, downloaded if need be; what torchvision prints goes to stderr."""
-    known = SETS[name]
-    arguments = {**known.arguments, **arguments}
+    from torchvision import datasets  # which takes seconds, and other sources need not wait
+
+    open_set = getattr(datasets, name)
+    arguments = {**SETS[name].arguments, **arguments}
     with redirect_stdout(sys.stderr):
         try:
-            return known.open(root, **arguments)
+            return open_set(root, **arguments)
         except (RuntimeError, FileNotFoundError) as missing:
             if not download:
                 raise DataError(f"{name} cannot be read from {root}: {missing}.") from missing
@@ -123,7 +118,7 @@ def _open(name: str, root: Path, arguments: dict[str, Any], download: bool) -> A
             raise DataError(f"{name} needs the package {error.name}; install it.") from None
         try:
             root.mkdir(parents=True, exist_ok=True)
-            return known.open(root, **arguments, download=True)
+            return open_set(root, **arguments, download=True)
         except (RuntimeError, URLError, OSError, ImportError) as error:
             raise DataError(
                 f"{name} is not in {root} and cannot be downloaded ({error}); put its files there."
