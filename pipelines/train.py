@@ -67,7 +67,8 @@ def pack_if_missing(config: Config, accelerator: Accelerator) -> None:
             workers = max(1, config.data.workers)
             out = Path(config.data.dir)
             make_shards(kind, arguments, out, config.data.shard_size, workers=workers)
-    packed_manifest(config)
+    if config.data.source:
+        packed_manifest(config)
 
 
 def is_packed(config: Config) -> bool:

@@ -22,12 +22,10 @@ from glowscale.data.opening import Source
 from glowscale.data.sources import files_below, identity_of, is_held_out
 from glowscale.data.tar import RawSample, read_samples
 from glowscale.data.view import View
-from glowscale.data.writer import Packed, read_all
+from glowscale.data.writer import WINDOW, Packed, read_all
 from glowscale.files import alone_in, claim_folder, is_url
 
 NOTE = "index.json"
-WINDOW = 256
-"""Samples that are held in memory at once."""
 
 
 class Tar(NamedTuple):

@@ -78,7 +78,7 @@ class Source:
         parts: list[bytes] = []
         wanted = size if size >= 0 else 1 << 62
         while wanted:
-            data = self._attempt(min(wanted, READ_BYTES) if wanted > READ_BYTES else wanted)
+            data = self._attempt(min(wanted, READ_BYTES))
             if not data:
                 break
             parts.append(data)

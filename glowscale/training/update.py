@@ -134,7 +134,7 @@ class Updater:
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.parallel_model):
-                bits, penalty = self._score(self.parallel_model, part)
+                bits, penalty = self._score(part)
                 self.accelerator.backward((bits + penalty) * weight)
             total += bits.detach()
         return total
@@ -183,9 +183,9 @@ class Updater:
             **self.settings.schedule.model_dump(),
         )
 
-    def _score(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _score(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sums of bits/dim and of penalties, under the noise of the samples' ids and epochs."""
-        output = model(*self._inputs(batch))
+        output = self.parallel_model(*self._inputs(batch))
         bits = bits_per_dim(output.log_prob, self.state.model.dimensions).sum()
         return bits, sum((x.sum() for x in output.penalties.values()), torch.zeros_like(bits))
 
