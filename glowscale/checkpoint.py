@@ -1,7 +1,7 @@
 """Checkpoints: folders of safetensors and JSON that appear whole or not at all.
 
 A checkpoint is written beside its place, synced, then renamed; then the pointer, which holds
-the digest of the checkpoint's manifest, moves; older ones go last. Nothing is ever unpickled.
+the digests of the kept checkpoints' manifests, moves; others go last. Nothing is ever unpickled.
 """
 
 import json
@@ -55,30 +55,42 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep: int,
+    keep_every: int | None = None,
 ) -> Path:
-    """Write the checkpoint after `images` images, move the pointer to it, prune to `keep`.
+    """Write the checkpoint after `images` images, move the pointer to it, prune the others.
+
+    Args:
+        folder: of the checkpoints; only one process may write there.
+        images: training images that the state has seen.
+        tensors: by part, a file each, and name.
+        state: counters, config and the model's description.
+        keep: so many of the newest are kept.
+        keep_every: of every so many images the first checkpoint is kept for good.
 
     Raises:
         CheckpointError: if it cannot be written; nothing of it is left, those before are whole.
     """
-    name = f"images-{images:012d}"
-    partial = folder / (name + TEMPORARY)
-    shutil.rmtree(partial, ignore_errors=True)
+    target = folder / f"images-{images:012d}"
+    partial = target.with_name(target.name + TEMPORARY)
     try:
-        partial.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(folder)
+        partial.mkdir()
         _write_files(partial, tensors, state)
+        for path in _newest_first(folder):
+            if path.name >= target.name:  # passed over on resume: damaged, or of a later place
+                shutil.rmtree(path)
+        os.replace(partial, target)
+        sync(folder)
+        kept = _kept(_newest_first(folder), keep, keep_every)
+        _point(folder, kept)
     except (OSError, SafetensorError) as error:  # the disk is full, most likely
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{folder / name} cannot be written ({error}); the checkpoints before are whole."
+            f"{target} cannot be written ({error}); the checkpoints before are whole."
         ) from error
-    target = folder / name
-    shutil.rmtree(target, ignore_errors=True)  # one that was found damaged on resume
-    os.replace(partial, target)
-    sync(folder)
-    pointer = {"name": name, "manifest_sha256": sha256_of(target / MANIFEST)}
-    write_atomically(folder / POINTER, json.dumps(pointer).encode())
-    _prune(folder, target, keep)
+    for path in set(_newest_first(folder)) - set(kept):
+        shutil.rmtree(path)
     return target
 
 
@@ -134,7 +146,7 @@ def find_checkpoint(run: Path) -> Path:
     pointed = _read_pointer(run / "checkpoints")
     if not pointed:
         raise CheckpointError(f"{run} is neither a checkpoint nor the folder of a run with one.")
-    return run / "checkpoints" / pointed["name"]
+    return run / "checkpoints" / max(pointed)
 
 
 def resume_checkpoint(folder: Path) -> Checkpoint | None:
@@ -205,16 +217,16 @@ def load_tensors(model: torch.nn.Module, tensors: Mapping[str, Tensor], path: Pa
 
 
 def _read_manifest(path: Path) -> dict[str, str]:
-    """Hashes of a checkpoint's files, after checking the manifest against the pointer."""
+    """Hashes of a checkpoint's files, after checking its manifest against the pointer."""
     manifest = path / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(f"The checkpoint {path} lacks its file {MANIFEST}.")
     try:
-        pointed = _read_pointer(path.parent)
+        digests = _read_pointer(path.parent)
     except CheckpointError as error:  # then it cannot vouch for any; the manifests still do
         print(f"WARNING: {error}", file=sys.stderr)
-        pointed = {}
-    if path.name == pointed.get("name") and sha256_of(manifest) != pointed.get("manifest_sha256"):
+        digests = {}
+    if sha256_of(manifest) != digests.get(path.name, sha256_of(manifest)):
         raise CheckpointError(f"{manifest} is damaged: its hash is not the pointer's.")
     try:
         content = json.loads(manifest.read_bytes())
@@ -230,23 +242,54 @@ def _read_manifest(path: Path) -> dict[str, str]:
 
 
 def _read_pointer(folder: Path) -> dict[str, str]:
-    """Name of the newest checkpoint and digest of its manifest; empty where there is none."""
+    """Digests of the kept checkpoints' manifests by name; empty where there is no pointer."""
     pointer = folder / POINTER
     if not pointer.is_file():
         return {}
     try:
-        content = json.loads(pointer.read_bytes())
-        return {"name": content["name"], "manifest_sha256": content["manifest_sha256"]}
+        digests = dict(json.loads(pointer.read_bytes())["manifest_sha256"])
+        if all(NAME.fullmatch(name) for name in digests) and digests:
+            return digests
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{pointer} is damaged: {error!r}.") from error
+    raise CheckpointError(f"{pointer} is damaged: it names no checkpoint.")
 
 
-def _prune(folder: Path, newest: Path, keep: int) -> None:
-    """Delete all but the `keep` newest; those of a later place are of an abandoned course."""
-    others = [path for path in _newest_first(folder) if path != newest]
-    older = [path for path in others if path.name < newest.name]
-    for path in set(others) - set(older[: keep - 1]):
-        shutil.rmtree(path)
+def _point(folder: Path, checkpoints: list[Path]) -> None:
+    """Move the pointer; digests that it holds already stay, whatever lies there now."""
+    try:
+        known = _read_pointer(folder)
+    except CheckpointError as error:
+        print(f"WARNING: {error} It is written anew.", file=sys.stderr)
+        known = {}
+    newest = checkpoints[0]
+    digests = {
+        path.name: sha256_of(path / MANIFEST)
+        if path == newest or path.name not in known
+        else known[path.name]
+        for path in checkpoints
+        if (path / MANIFEST).is_file()
+    }
+    write_atomically(folder / POINTER, json.dumps({"manifest_sha256": digests}, indent=1).encode())
+
+
+def _kept(checkpoints: list[Path], keep: int, every: int | None) -> list[Path]:
+    """Those that stay of the checkpoints, newest first: some, and the oldest of so many images."""
+    oldest = {_images_of(path) // every: path for path in checkpoints} if every else {}
+    return [path for i, path in enumerate(checkpoints) if i < keep or path in oldest.values()]
+
+
+def _images_of(path: Path) -> int:
+    return int(path.name.removeprefix("images-"))
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a kill has left half-written, here and of the pointer."""
+    for path in folder.glob(f"*{TEMPORARY}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _newest_first(folder: Path) -> list[Path]:

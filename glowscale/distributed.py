@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,8 @@ from torch import Tensor
 from glowscale.errors import UserError
 
 Precision = Literal["float32", "bf16", "float64"]
+JOIN_SECONDS = 45.0
+"""So long processes wait for one another when a job starts."""
 
 
 class LaunchError(UserError):
@@ -33,8 +36,8 @@ def start_accelerator(
         folder: where trackers write that keep files.
 
     Raises:
-        LaunchError: if Accelerate counts other processes than the launcher started, or a
-            tracker is not installed.
+        LaunchError: if Accelerate counts other processes than the launcher started, some of
+            them are not there within a minute, or a tracker is not installed.
     """
     available = [str(tracker) for tracker in get_available_trackers()]
     for tracker in trackers:
@@ -46,6 +49,7 @@ def start_accelerator(
     torch.backends.cudnn.allow_tf32 = False  # its ten bits of mantissa are not float32
     torch.backends.cuda.matmul.allow_tf32 = False
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    _meet(launched)
     try:
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
@@ -61,6 +65,35 @@ def start_accelerator(
             f"{accelerator.num_processes}; launch with a config file of configs/accelerate/."
         )
     return accelerator
+
+
+def _meet(processes: int) -> None:
+    """Join processes that were started without a launcher of torch's own, such as by SLURM.
+
+    Accelerate would do it too, but wait half an hour for one that is not there.
+    """
+    told = {"MASTER_ADDR", "MASTER_PORT", "RANK"} <= os.environ.keys()
+    if processes == 1 or not told or dist.is_torchelastic_launched():
+        return
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    rank = int(os.environ["RANK"])
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            address, int(port), processes, rank == 0, timeout=timedelta(seconds=JOIN_SECONDS)
+        )
+    except (RuntimeError, ValueError) as error:
+        raise LaunchError(
+            f"{processes} processes (WORLD_SIZE) were to meet at {address}:{port} within "
+            f"{JOIN_SECONDS:.0f} s, and did not: {str(error).partition(chr(10))[0]}"
+        ) from None
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
+
+
+def leave(accelerator: Accelerator) -> None:
+    """End the job's part in the processes: all come to here, trackers finish, all go."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def refuse_disagreement(what: str, value: str) -> None:

@@ -1,7 +1,7 @@
 """Bits per dimension of held-out images, the same figure on any number of processes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from glowscale.data import Batch, DataError, ShardSet
 from glowscale.distributed import failing_together, sum_over_ranks
 from glowscale.models import MultiscaleFlow
 from glowscale.sampling import labels_of
+from glowscale.stopping import Stopped
 
 ROUND_TRIPS = 8
 """Images, and samples, whose round trip is measured."""
@@ -83,6 +84,7 @@ def evaluate(
     importance_samples: int = 1,
     rank: int = 0,
     world_size: int = 1,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score every image exactly once, in float32 (float64 for such a model).
 
@@ -98,8 +100,10 @@ def evaluate(
         importance_samples: K of the importance-weighted bound log 1/K Σ p(v)/q(v|x).
         rank: this process.
         world_size: number of processes; all must call this.
+        stopping: whether this process was asked to stop; asked before every block.
 
     Raises:
+        Stopped: on all processes, if one of them was asked to stop before it was through.
         DataError: if the model is for images of another shape or number of grey levels, or if
             not every image was scored exactly once.
     """
@@ -109,15 +113,25 @@ def evaluate(
     was_training = model.training
     model.eval()
     with failing_together(), torch.inference_mode():
-        starts = range(0, count, batch)[rank::world_size]
-        scores = _score_blocks(model, shards, count, batch, starts, seed, importance_samples)
+        scores = torch.zeros(3, count, dtype=torch.float64, device=model.device)
         errors = torch.zeros(2, dtype=torch.float64, device=model.device)
-        if rank == 0:
+        left = _score_blocks(
+            model,
+            shards,
+            scores,
+            [range(i, min(i + batch, count)) for i in range(0, count, batch)][rank::world_size],
+            seed,
+            importance_samples,
+            stopping,
+        )
+        if rank == 0 and not left:
             block = shards.read_batch(0, min(ROUND_TRIPS, count))
             errors[0] = _round_trip_of(model, *_dequantized(model, block, seed))
             samples = _prior_samples(model, seed, ROUND_TRIPS)
             errors[1] = _round_trip_of(model, *samples, clamp=True)
     model.train(was_training)
+    if sum_over_ranks(torch.tensor(float(left), device=model.device)):
+        raise Stopped(f"the evaluation on {count:,} images was not finished.")
     log_prob, scored, labels = sum_over_ranks(scores).cpu()
     if not bool((scored == 1).all()):
         missed = int((scored == 0).sum())
@@ -147,22 +161,26 @@ def evaluate(
 def _score_blocks(
     model: MultiscaleFlow,
     shards: ShardSet,
-    count: int,
-    batch: int,
-    starts: range,
+    scores: Tensor,
+    blocks: list[range],
     seed: int,
     importance_samples: int,
-) -> Tensor:
-    """Of each image log p, how often it was scored, and its label, (3, count); zeros elsewhere."""
-    scores = torch.zeros(3, count, dtype=torch.float64, device=model.device)
-    for start in tqdm(
-        starts, desc="evaluating", unit="block", disable=0 not in starts, leave=False
-    ):
-        block = shards.read_batch(start, min(start + batch, count))
+    stopping: Callable[[], bool],
+) -> int:
+    """Add each image's log p, 1 and its label to scores (3, count); return how many blocks left.
+
+    Blocks are left where the process is asked to stop.
+    """
+    first = bool(blocks) and blocks[0].start == 0
+    progress = tqdm(blocks, desc="evaluating", unit="block", disable=not first, leave=False)
+    for done, indices in enumerate(progress):
+        if stopping():
+            return len(blocks) - done
+        block = shards.read_batch(indices.start, indices.stop)
         scores[0, block.ids] += score_block(model, block, seed, importance_samples)
         scores[1, block.ids] += 1
         scores[2, block.ids] += block.labels.to(model.device)
-    return scores
+    return 0
 
 
 def score_block(

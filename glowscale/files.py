@@ -48,11 +48,15 @@ def naming(path: Path) -> Iterator[None]:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file beside its place, sync it, then rename it there."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")  # ranks may collide
-    with naming(path), partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with naming(path), partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

@@ -1,27 +1,54 @@
 """What all jobs share: how they end, in words for people and in JSON for scripts."""
 
 import argparse
+import atexit
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
 
 from glowscale.errors import UserError
+from glowscale.stopping import STOPPED, Stopped
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a job as this whole process, and end the process with the job's status.
+
+    Past its end the interpreter is not torn down: a thread of a process group that still lets go
+    of a tensor would abort the process there, after all its work is done.
+    """
+    try:
+        main()
+        status = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            say(end.code)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # whoever read it may be gone
+            stream.flush()
+    os._exit(status)
 
 
 @contextmanager
 def job() -> Iterator[None]:
     """Run a job's body; an error that the user can mend ends it with one sentence, status 1.
 
-    So do a full disk, a missing permission, and whatever else the file system refuses.
+    So do a full disk, a missing permission, and whatever else the file system refuses. A job
+    that was asked to stop and saved its state ends with the status STOPPED.
     """
     try:
         yield
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            say(f"Stopped: {stopped}")
+        raise SystemExit(STOPPED) from None
     except KeyboardInterrupt:
         raise SystemExit(
             "Interrupted; the same command goes on from the last checkpoint."

@@ -19,7 +19,7 @@ from glowscale.data import ShardSet, Slice, training_stream
 from glowscale.data.images import decode_png
 from glowscale.data.sources import Sample, Split
 from glowscale.data.writer import pack_split
-from glowscale.jobs import job, positive, report, say
+from glowscale.jobs import job, positive, report, run, say
 
 BATCH = 64
 LANES = 8
@@ -173,4 +173,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -10,10 +10,10 @@ from pathlib import Path
 from glowscale.checkpoint import load_model
 from glowscale.config import parse_config
 from glowscale.data import ShardSet
-from glowscale.distributed import refuse_disagreement, start_accelerator
+from glowscale.distributed import leave, refuse_disagreement, start_accelerator
 from glowscale.evaluation import evaluate
 from glowscale.files import join
-from glowscale.jobs import job, positive, report, say
+from glowscale.jobs import job, positive, report, run, say
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
             if arguments.json:
                 origin = {"checkpoint": checkpoint.digest, "weights": arguments.weights}
                 report({**evaluation.to_dict(), **origin})
-        accelerator.end_training()
+        leave(accelerator)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,4 +58,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,7 +7,7 @@ python pipelines/export.py RUN DIR; RUN is a run folder or a checkpoint. In Pyth
 import argparse
 from pathlib import Path
 
-from glowscale.jobs import job, report, say
+from glowscale.jobs import job, report, run, say
 from glowscale.pretrained import ImageModel
 
 PUSH = "also push it to the Hugging Face hub, where a new repository is public"
@@ -43,4 +43,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

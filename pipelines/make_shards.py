@@ -11,7 +11,7 @@ from typing import Any
 from glowscale.config import parse_source, sources
 from glowscale.data import SOURCES, DataError, Packed, make_shards
 from glowscale.data.check import damage_of
-from glowscale.jobs import job, positive, report, say
+from glowscale.jobs import job, positive, report, run, say
 
 PACKING = ("shard_size", "seed", "workers")
 """Options that are not the source's own."""
@@ -91,4 +91,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -8,9 +8,9 @@ import argparse
 from pathlib import Path
 
 from glowscale.checkpoint import load_model
-from glowscale.distributed import refuse_disagreement, start_accelerator
+from glowscale.distributed import leave, refuse_disagreement, start_accelerator
 from glowscale.errors import UserError
-from glowscale.jobs import job, positive, report, say
+from glowscale.jobs import job, positive, report, run, say
 from glowscale.sampling import generate, save_preview
 
 PREVIEW = 64
@@ -45,7 +45,7 @@ def main() -> None:
             say(f"{arguments.count:,} images in {len(shards)} shards; some of them in {grid}")
             if arguments.json:
                 report({"images": arguments.count, "shards": list(map(str, shards))})
-        accelerator.end_training()
+        leave(accelerator)
 
 
 def class_label(name: str | None, names: list[str], classes: int) -> int | None:
@@ -75,4 +75,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from glowscale.config import Config, ConfigError, describe, load_config
 from glowscale.data import DataError, Manifest, load_manifest, make_shards, open_source
 from glowscale.data.manifest import MANIFEST
-from glowscale.distributed import failing_together, start_accelerator
+from glowscale.distributed import failing_together, leave, start_accelerator
 from glowscale.evaluation import histogram_bits_per_dim
 from glowscale.files import join
-from glowscale.jobs import job, report, say
+from glowscale.jobs import job, report, run, say
 from glowscale.training import Trainer
 from glowscale.training.plan import describe_plan, plan
 
@@ -47,7 +47,7 @@ def main() -> None:
             say(f"samples.png and curves.png are in {config.run.dir}")
             if arguments.json:
                 report({**evaluation.to_dict(), "histogram_bits_per_dim": histogram})
-        accelerator.end_training()
+        leave(accelerator)
 
 
 def histogram_of(trainer: Trainer) -> float | None:
@@ -135,4 +135,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

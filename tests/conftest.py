@@ -183,7 +183,7 @@ def call_job(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
         capfd.readouterr()
         code, message = 0, ""
         try:
-            runpy.run_path(path, run_name="__main__")
+            runpy.run_path(path)["main"]()
         except SystemExit as end:  # Python itself would print the message
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
             message = end.code if isinstance(end.code, str) else ""

@@ -150,8 +150,11 @@ def test_an_old_checkpoint_format(trained: Path, tmp_path: Path, call_job: Calle
         content = json.loads(path.read_text())
         path.write_text(json.dumps({**content, "format": "glowscale checkpoint 0"}))
     pointer = json.loads((checkpoints / "latest.json").read_text())
-    digest = sha256_of(checkpoints / pointer["name"] / "manifest.json")
-    (checkpoints / "latest.json").write_text(json.dumps({**pointer, "manifest_sha256": digest}))
+    digests = {
+        name: sha256_of(checkpoints / name / "manifest.json")
+        for name in pointer["manifest_sha256"]
+    }
+    (checkpoints / "latest.json").write_text(json.dumps({"manifest_sha256": digests}))
     sentence = (
         r".*manifest\.json has the format 'glowscale checkpoint 0', not "
         r"'glowscale checkpoint 1': another version of glowscale wrote it\."

@@ -121,11 +121,11 @@ def test_a_round_trip_beyond_its_limit_ends_the_run(
     trainer = train(config_dict)
     with torch.no_grad():
         trainer.state.ema.model.levels[0].bijections[1].bijections[0].log_scale.fill_(-200)
-    broken = trainer.evaluate()
+    broken = trainer.reports.evaluate()
     assert broken.round_trip_error == broken.prior_round_trip_error == float("inf")
     assert broken.to_dict()["round_trip_error"] is None
     with pytest.raises(RoundTripError, match="the round trip of images is off by inf"):
-        trainer._refuse_round_trip(broken)
+        trainer.reports.refuse_round_trip(broken)
 
 
 def test_the_final_figure_is_kept_in_the_run(config_dict: dict[str, Any], tmp_path: Path) -> None:

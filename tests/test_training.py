@@ -187,7 +187,7 @@ def test_bf16_trains_networks_in_bf16_and_keeps_float32_weights(
 def test_training_learns(config_dict: dict[str, Any]) -> None:
     config_dict["train"] |= {"images": 1600}
     trainer = Trainer(parse_config(config_dict), Accelerator(cpu=True))
-    before = trainer.evaluate().bits_per_dim
+    before = trainer.reports.evaluate().bits_per_dim
     after = trainer.train().bits_per_dim
     assert after < before - 0.3
 

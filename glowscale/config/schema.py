@@ -298,6 +298,9 @@ class Checkpoint(Section):
 
     every: Count = Field(100_000, description="images between two checkpoints")
     keep: Count = Field(2, description="newest checkpoints that are kept")
+    keep_every: Count | None = Field(
+        None, description="of every so many images the first checkpoint is kept for good"
+    )
 
 
 class Config(Section):

@@ -7,7 +7,7 @@ batch / lanes samples of every lane. Processes own lanes, and so do their worker
 owns which lane changes nothing in what the lanes hold.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from glowscale.data.errors import DataError
 from glowscale.data.shards import Batch, ShardSet, cat_batches
 from glowscale.data.tar import RawSample
 from glowscale.randomness import generator
+from glowscale.stopping import leave_signals_to_parent
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def training_stream(
     world_size: int = 1,
     workers: int = 0,
     augmentation: Augmentation = NO_AUGMENTATION,
-) -> Iterator[Slice]:
+) -> Generator[Slice]:
     """This process's parts of the global batches from `cursor` on, without end.
 
     Rank r's part is the r-th of `world_size` equal slices of the global batch, so the batch is
@@ -269,7 +270,12 @@ def training_stream(
         cursor // lanes,
         batch // lanes,
     )
-    loader = DataLoader(slices, batch_size=None, num_workers=len(parts) if workers else 0)
+    loader = DataLoader(
+        slices,
+        batch_size=None,
+        num_workers=len(parts) if workers else 0,
+        worker_init_fn=leave_signals_to_parent,
+    )
     yield from _joined(iter(loader), len(parts))
 
 

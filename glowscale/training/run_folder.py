@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from glowscale.config import Config, ConfigError, differences
 from glowscale.data import Manifest
 from glowscale.evaluation import Evaluation
 from glowscale.files import naming, sync, write_atomically
-from glowscale.training.state import TrainingState
+from glowscale.training.saver import Parts
 
 FREE_KEYS = (
     "run.dir",
@@ -52,12 +53,15 @@ class RunFolder:
         self.times = self.path / "times.jsonl"
         self._started = time.perf_counter()
 
-    def open(self, images: int) -> None:
-        """Make the folder, save the resolved config, drop metrics from after `images`."""
+    def open(self, images: int, due: Collection[str] = ()) -> None:
+        """Make the folder, save the resolved config, drop metrics from after `images`.
+
+        And those kinds of metrics from then that are due again.
+        """
         (self.path / "samples").mkdir(parents=True, exist_ok=True)
         content = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         write_atomically(self.path / "config.yaml", content.encode())
-        self._rewind(images)
+        self._rewind(images, due)
 
     def newest_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint that verifies, or None where there never was one.
@@ -72,7 +76,7 @@ class RunFolder:
             self._refuse_other_data(checkpoint.state["fingerprint"])
         return checkpoint
 
-    def save(self, state: TrainingState) -> None:
+    def save(self, tensors: Parts, counters: dict[str, Any]) -> None:
         """Write a checkpoint, from which alone the model can be built, and prune older ones."""
         if self.metrics.exists():
             sync(self.metrics)  # a checkpoint covers its metrics
@@ -86,10 +90,11 @@ class RunFolder:
         }
         save_checkpoint(
             self.checkpoints,
-            state.images,
-            state.tensors(),
-            {**state.counters(), **description},
+            counters["images"],
+            tensors,
+            {**counters, **description},
             self.config.checkpoint.keep,
+            self.config.checkpoint.keep_every,
         )
 
     def log(self, kind: str, images: int, values: dict[str, Any], times: dict[str, float]) -> None:
@@ -111,13 +116,18 @@ class RunFolder:
             return []
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 
-    def _rewind(self, images: int) -> None:
+    def _rewind(self, images: int, due: Collection[str]) -> None:
         """Drop metrics of work that a kill has undone, so that they read as never interrupted."""
-        if self.metrics.exists():
-            lines = self.metrics.read_text().splitlines(keepends=True)
-            # A line that a kill cut short has no line end.
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["images"] <= images]
-            write_atomically(self.metrics, "".join(kept).encode())
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):  # else a kill has cut it short
+                record = json.loads(line)
+                at, again = record["images"], record["kind"] in due
+                if at < images or (at == images and not again):
+                    kept.append(line)
+        write_atomically(self.metrics, "".join(kept).encode())
 
     def _refuse_other_data(self, fingerprint: str) -> None:
         if fingerprint != self.manifest.fingerprint:

@@ -34,6 +34,8 @@ class TrainingState:
         """Since the last line of metrics: bits/dim, images, masked updates."""
         self.masked_in_a_row = 0
         """Updates in a row, up to the last, that were not finite."""
+        self.due: list[str] = []
+        """What is still to be looked at after so many images, if a stop came before."""
         self.lost_shards: list[str] = []
         """Names of the shards of which something could not be read, in order."""
 
@@ -45,6 +47,7 @@ class TrainingState:
         load_optimizer_tensors(self.optimizer, self.model, tensors["optimizer"])
         self.images = checkpoint.state["images"]
         self.masked_in_a_row = checkpoint.state.get("masked_in_a_row", 0)
+        self.due = checkpoint.state.get("due", [])
         self.lost_shards = checkpoint.state.get("lost_shards", [])
         self.window.copy_(torch.tensor(checkpoint.state["window"], dtype=torch.float64))
 
@@ -62,7 +65,8 @@ class TrainingState:
             "images": self.images,
             "window": self.window.tolist(),
             "masked_in_a_row": self.masked_in_a_row,
-            "lost_shards": self.lost_shards,
+            "due": list(self.due),
+            "lost_shards": list(self.lost_shards),
         }
 
     def non_finite_tensor(self) -> str | None:

@@ -1,18 +1,13 @@
 """The training loop: draw a global batch, update, and at set counts of images look and save."""
 
-import math
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from glowscale.bijections import initializing
@@ -29,26 +24,21 @@ from glowscale.data import (
     training_stream,
 )
 from glowscale.distributed import failing_together, refuse_disagreement, sum_over_ranks
-from glowscale.errors import UserError
-from glowscale.evaluation import Evaluation, check_fits, evaluate, refuse_unlabelled
+from glowscale.evaluation import Evaluation, check_fits, refuse_unlabelled
 from glowscale.files import join
 from glowscale.jobs import say
 from glowscale.models import MultiscaleFlow, build_model
-from glowscale.pictures import save_curves
 from glowscale.pretrained import load
 from glowscale.randomness import derived_seed
-from glowscale.sampling import BLOCK, NonFiniteSampleError, save_preview
-from glowscale.training.diagnosis import Diagnosis
+from glowscale.stopping import Stopped, StopRequest
 from glowscale.training.lock import RunLock, refuse_unshared
 from glowscale.training.optimizer import build_optimizer
+from glowscale.training.reports import Reports
 from glowscale.training.run_folder import RunFolder
+from glowscale.training.saver import Saver
 from glowscale.training.state import TrainingState
-from glowscale.training.trackers import log_picture, start_trackers
+from glowscale.training.trackers import start_trackers
 from glowscale.training.update import NonFiniteError, Updater
-
-
-class RoundTripError(UserError):
-    """A model whose inverse does not bring images back."""
 
 
 class Trainer:
@@ -80,6 +70,8 @@ class Trainer:
         self.folder = RunFolder(config, self.train_shards.manifest)
         model = self._build_model()
         check_fits(model, self.held_out_shards)
+        self._saver = Saver(self.folder.save)
+        self._saved = -1  # images of the last state that was saved or resumed
         with ExitStack() as held:
             with failing_together():
                 if self.is_main:
@@ -89,6 +81,10 @@ class Trainer:
             with failing_together():
                 start_trackers(accelerator, config, self.state.images)
             self._held = held.pop_all()
+        self._stop = StopRequest()
+        self.reports = Reports(
+            config, accelerator, self.folder, self.state, self.held_out_shards, self._stop
+        )
         self.update = Updater(
             config.train,
             config.data.lost_limit,
@@ -96,9 +92,9 @@ class Trainer:
             accelerator,
             accelerator.prepare(model),
             self.state,
-            self._note_masked,
+            self.reports.log_masked,
+            self._stop,
         )
-        self._seconds = 0.0
 
     def train(self) -> Evaluation:
         """Train to `train.images`; return the averaged weights' held-out bits/dim.
@@ -107,33 +103,65 @@ class Trainer:
             NonFiniteError: if the loss or its gradient blows up again and again; the updates
                 that saw it are masked and never saved.
             RoundTripError: if the model's inverse is off by more than the config allows.
+            Stopped: if SIGTERM or SIGUSR1 asked any process to stop; the state is saved.
         """
-        config = self.config
         if self.is_main:
             processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
             say(f"training on {processes} ({self.accelerator.device.type})")
-        batches = self._stream(self.state.images, config.train.batch, config.data.workers)
-        with self._held, self._progress() as progress:
-            while self.state.images < config.train.images:
+        with self._held, self._stop, self._saver, self._progress() as progress:
+            try:
+                self._update_to_the_end(progress)
+                result = self.reports.finish()
+            except Stopped as stopped:
+                self.update.settle()
+                self._save(self.state)
+                self._finish_saving()
+                raise Stopped(self._describe_stop()) from stopped
+            self._finish_saving()
+            return result
+
+    def _update_to_the_end(self, progress: "tqdm[Any]") -> None:
+        """All updates that are left, with looks and checkpoints where they are due.
+
+        Raises:
+            Stopped: as soon as the processes have agreed to, with the state after whole updates.
+        """
+        settings = self.config
+        seconds = 0.0
+        self._look(progress)
+        workers = settings.data.workers
+        with closing(self._stream(self.state.images, settings.train.batch, workers)) as batches:
+            while self.state.images < settings.train.images:
                 started = time.perf_counter()
                 gradient_norm = self.update(next(batches))
-                self._seconds += time.perf_counter() - started
-                progress.update(config.train.batch)
-                self._look_and_save(gradient_norm, progress)
-            return self._finish()
+                seconds += time.perf_counter() - started
+                progress.update(settings.train.batch)
+                if self._due(settings.log.every):
+                    self.update.settle()
+                    rate = self.update.learning_rate()
+                    self.reports.log(gradient_norm, rate, seconds, progress)
+                    seconds = 0.0
+                    with failing_together():
+                        self._saver.refuse_failed()
+                looks = {"held_out": settings.evaluate.every, "samples": settings.samples.every}
+                self.state.due = [kind for kind, every in looks.items() if self._due(every)]
+                self._look(progress)
+                if self._due(settings.checkpoint.every):
+                    self.update.settle()
+                    self._save(self.state)
 
-    def _look_and_save(self, gradient_norm: Tensor, progress: "tqdm[Any]") -> None:
-        """Whatever is due after this many images; the checkpoint last, so that it covers all."""
-        settings = self.config
-        if self._due(settings.log.every):
-            self._log(gradient_norm, progress)
-        if self._due(settings.evaluate.every):
-            self._log_evaluation(progress)
-        if self._due(settings.samples.every):
-            self._save_samples(f"samples/{self.state.images:012d}.png")
-        if self._due(settings.checkpoint.every):
+    def _look(self, progress: "tqdm[Any]") -> None:
+        """Whatever is due to be looked at; raises Stopped before it if that is agreed."""
+        if self.state.due:
             self.update.settle()
-            self._save(self.state)
+        if self.update.stop_agreed:
+            raise Stopped
+        while self.state.due:
+            if self.state.due[0] == "held_out":
+                self.reports.log_evaluation(progress)
+            else:
+                self.reports.save_samples()
+            self.state.due.pop(0)
 
     def _due(self, every: int) -> bool:
         """Whether this batch crossed a multiple of `every`, or was the last."""
@@ -141,113 +169,13 @@ class Trainer:
         crossed = images // every > (images - settings.batch) // every
         return crossed or images >= settings.images
 
-    def _log(self, gradient_norm: Tensor, progress: "tqdm[Any]") -> None:
-        self.update.settle()
-        bits, images, masked = self.state.window.tolist()
-        self.state.window.zero_()
-        mean = bits / images if images else None
-        progress.set_postfix_str("not finite" if mean is None else f"{mean:.3f} bits/dim")
-        speed = (images + masked * self.config.train.batch) / max(self._seconds, 1e-9)
-        self._seconds = 0.0
-        self._record(
-            "train",
-            {
-                "bits_per_dim": mean,
-                "gradient_norm": float(gradient_norm),
-                "learning_rate": self.update.learning_rate(),
-                "masked_updates": int(masked),
-            },
-            {"images_per_second": round(speed, 3)},
+    def _describe_stop(self) -> str:
+        asked = self._stop.name or "a signal to another process"
+        return (
+            f"{asked} asked for it at image {self.state.images:,} of "
+            f"{self.config.train.images:,}; all is saved in {self.folder.checkpoints}, and the "
+            f"same command goes on."
         )
-
-    def _record(
-        self, kind: str, values: dict[str, Any], times: dict[str, float] | None = None
-    ) -> None:
-        """A line of metrics, in the run folder and for the trackers."""
-        with failing_together():
-            if self.is_main:
-                self.folder.log(kind, self.state.images, values, times or {})
-                numbers = {
-                    f"{kind}/{key}": value
-                    for key, value in {**values, **(times or {})}.items()
-                    if isinstance(value, (int, float)) and math.isfinite(value)
-                }
-                self.accelerator.log(numbers, step=self.state.images)
-
-    def _note_masked(self, images: int, diagnosis: Diagnosis) -> None:
-        self._record("masked", {"ids": diagnosis.ids, "place": diagnosis.place})
-
-    def _log_evaluation(self, progress: "tqdm[Any]") -> None:
-        result = self.evaluate(self.config.evaluate.images)
-        if self.is_main:
-            progress.write(f"{self.state.images:,} images: {result}", file=sys.stderr)
-        figures = ("bits_per_dim", "standard_error", "round_trip_error", "prior_round_trip_error")
-        self._record("held_out", {key: getattr(result, key) for key in figures})
-        self._save_curves()
-        self._refuse_round_trip(result)
-
-    def _refuse_round_trip(self, result: Evaluation) -> None:
-        limit = self.config.evaluate.round_trip_limit
-        errors = {"images": result.round_trip_error, "samples": result.prior_round_trip_error}
-        for what, error in errors.items():
-            if limit is not None and not error <= limit:
-                raise RoundTripError(
-                    f"At image {self.state.images:,} the round trip of {what} is off by "
-                    f"{error:.3g} grey levels, more than evaluate.round_trip_limit={limit:g}: the "
-                    f"model's inverse cannot be trusted; lower train.optimizer.lr, bound "
-                    f"model.scale, or allow more (null: anything)."
-                )
-
-    def evaluate(self, images: int | None = None) -> Evaluation:
-        """Bits/dim of the averaged weights on the first so many held-out images, or on all."""
-        self.update.settle()
-        settings = self.config.evaluate
-        return evaluate(
-            self.state.ema.model,
-            self.held_out_shards,
-            seed=self.config.run.seed,
-            batch=settings.batch,
-            images=images,
-            importance_samples=settings.importance_samples,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
-
-    def _finish(self) -> Evaluation:
-        """The figure over all held-out images, and the last pictures."""
-        result = self.evaluate()
-        self._save_samples("samples.png")
-        self._save_curves()
-        with failing_together():
-            if self.is_main:
-                self.folder.save_evaluation(self.state.images, result)
-        return result
-
-    def _save_curves(self) -> None:
-        with failing_together():
-            if self.is_main:
-                save_curves(self.folder.read_metrics(), self.folder.path / "curves.png")
-
-    def _save_samples(self, name: str) -> None:
-        """A grid of samples, if they are finite; a run does not end for a picture."""
-        settings, path = self.config.samples, self.folder.path / name
-        with failing_together():
-            if not self.is_main:
-                return
-            try:
-                save_preview(
-                    self.state.ema.model,
-                    path,
-                    settings.count,
-                    self.config.run.seed,
-                    settings.temperature,
-                    block=min(settings.count, BLOCK),
-                )
-            except NonFiniteSampleError as error:
-                say(f"WARNING: {error} There is no picture {path}.")
-            else:
-                grid = np.asarray(Image.open(path))
-                log_picture(self.accelerator, "samples", grid, self.state.images)
 
     def _open_data(self) -> tuple[ShardSet, ShardSet]:
         """Training and held-out data, the same on all processes."""
@@ -289,8 +217,9 @@ class Trainer:
             return None
         state = self._make_state(model)
         state.restore(checkpoint)
+        self._saved = state.images
         if self.is_main:
-            self.folder.open(state.images)
+            self.folder.open(state.images, state.due)
             say(f"resumed at {state.images:,} images from {checkpoint.path}")
         return state
 
@@ -305,6 +234,7 @@ class Trainer:
             if self.is_main:
                 self.folder.open(-1)
         self._save(state)
+        self._finish_saving()
         return state
 
     def _load_weights(self, model: MultiscaleFlow, name: str) -> None:
@@ -336,11 +266,14 @@ class Trainer:
         return TrainingState(model, optimizer, settings.ema_images)
 
     def _save(self, state: TrainingState) -> None:
-        """Write a checkpoint; all ranks call it, the main one writes.
+        """Begin to write a checkpoint; all ranks call it, the main one writes.
 
         Raises:
             NonFiniteError: if a tensor of it is not finite.
+            CheckpointError: if the one before could not be written.
         """
+        if state.images == self._saved:
+            return
         if bad := state.non_finite_tensor():
             raise NonFiniteError(
                 f"At image {state.images:,} the tensor {bad} is not finite, so no checkpoint is "
@@ -348,9 +281,15 @@ class Trainer:
             )
         with failing_together():
             if self.is_main:
-                self.folder.save(state)
+                self._saver.start(state.tensors(), state.counters())
+        self._saved = state.images
 
-    def _stream(self, cursor: int, batch: int, workers: int) -> Iterator[Slice]:
+    def _finish_saving(self) -> None:
+        """Return, on all ranks, when the checkpoint is written."""
+        with failing_together():
+            self._saver.wait()
+
+    def _stream(self, cursor: int, batch: int, workers: int) -> Generator[Slice]:
         data = self.config.data
         return training_stream(
             self.train_shards,

@@ -33,11 +33,12 @@ class LostDataError(DataError):
 class Updater:
     """Updates a training state by global batches.
 
-    Each step reduces one word over the processes, [bits, valid images, new failures of data],
-    and the host reads what follows from it a step later, without waiting. An update whose loss
-    or gradient is not finite is masked: on all processes together, on the device, so that neither
-    weights nor the optimizer's state see it. Then the images and the layer are named, and so many
-    in a row end the run; so do more unreadable shards than are tolerated, on every process.
+    Each step reduces one word over the processes, [bits, valid images, new failures of data,
+    asked to stop], and the host reads what follows from it a step later, without waiting. An
+    update whose loss or gradient is not finite is masked: on all processes together, on the
+    device, so that neither weights nor the optimizer's state see it. Then the images and the
+    layer are named, and so many in a row end the run; so do more unreadable shards than are
+    tolerated, on every process.
 
     Args:
         settings: the config's section `train`.
@@ -46,7 +47,8 @@ class Updater:
         accelerator: the processes.
         parallel_model: the state's model, wrapped for them.
         state: what is updated.
-        note: told of every masked update: images seen, and what was wrong.
+        note: told of every masked update what was wrong.
+        stopping: whether this process was asked to stop.
     """
 
     def __init__(
@@ -57,7 +59,8 @@ class Updater:
         accelerator: Accelerator,
         parallel_model: nn.Module,
         state: TrainingState,
-        note: Callable[[int, Diagnosis], None],
+        note: Callable[[Diagnosis], None],
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.settings = settings
         self.lost_limit = lost_limit
@@ -66,6 +69,9 @@ class Updater:
         self.parallel_model = parallel_model
         self.state = state
         self.note = note
+        self.stopping = stopping
+        self.stop_agreed = False
+        """Whether some process was asked to stop; known on all of them at the same step."""
         self._word = LateWord()
         self._last: Slice | None = None
 
@@ -85,10 +91,9 @@ class Updater:
         weight = self.accelerator.num_processes / settings.batch
         bits = self._backward(part.batch, weight)
         self.settle()  # before the weights change, so that the last batch can be looked at again
-        local = torch.stack(
-            [bits, *(torch.full_like(bits, n) for n in (len(part.batch.ids), len(part.failures)))]
-        )
-        total, valid, failures = sum_over_ranks(local)
+        counts = (len(part.batch.ids), len(part.failures), int(self.stopping()))
+        local = torch.stack([bits, *(torch.full_like(bits, n) for n in counts)])
+        total, valid, failures, stops = sum_over_ranks(local)
         state.images += settings.batch
         gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
         if self.lost_limit:  # the sum was divided by the whole batch
@@ -100,7 +105,7 @@ class Updater:
         none, one = torch.zeros_like(total), torch.ones_like(total)
         taken, left = torch.stack([total, valid, none]), torch.stack([none, none, one])
         state.window += taken.where(~masked, left)
-        self._word.put(torch.stack([masked.to(total), failures]))
+        self._word.put(torch.stack([masked.to(total), failures, stops]))
         self._last = part
         return norm
 
@@ -109,7 +114,8 @@ class Updater:
         word = self._word.take()
         if word is None or self._last is None:
             return
-        masked, failures = word
+        masked, failures, stops = word
+        self.stop_agreed = self.stop_agreed or bool(stops)
         if failures:
             self._count_lost(self._last.failures)
         if masked:
@@ -159,7 +165,7 @@ class Updater:
         """Say what was not finite; end the run where it happens again and again."""
         self.state.masked_in_a_row += 1
         diagnosis = self._diagnose(batch)
-        self.note(self.state.images, diagnosis)
+        self.note(diagnosis)
         what = describe(diagnosis)
         if self.state.masked_in_a_row >= self.settings.masked_limit:
             raise NonFiniteError(
