@@ -169,6 +169,11 @@ def resume_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def images_reached(run: Path) -> int:
+    """Training images that a run's newest checkpoint has seen, verified or not; 0 without one."""
+    return max(map(_images_of, _newest_first(run / "checkpoints")), default=0)
+
+
 def load_model(run: Path, weights: str = "ema") -> tuple[MultiscaleFlow, Checkpoint]:
     """Build the model of a run or checkpoint and load its averaged (or `model`) weights."""
     checkpoint = read_checkpoint(find_checkpoint(run), (weights,))

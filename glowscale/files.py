@@ -101,7 +101,7 @@ def claim_folder(folder: Path, note: str, job: dict[str, Any], begun: bool = Tru
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / note
-    if not path.exists() and any(folder.glob("*.tar")):
+    if any(folder.glob("*.tar")) and not path.exists():  # asked in this order: others may begin
         raise ClaimError(f"{folder} holds shards but no {note}; choose an empty folder.")
     if not path.exists() or not begun:
         write_atomically(path, json.dumps(job, indent=1).encode())

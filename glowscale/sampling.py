@@ -94,14 +94,15 @@ def generate(
     label: int | None = None,
     shard_size: int = 1000,
     block: int = BLOCK,
-    rank: int = 0,
-    world_size: int = 1,
+    part: int = 0,
+    parts: int = 1,
+    quiet: bool = False,
 ) -> list[Path]:
     """Write `count` images as shards of PNGs; only the shards that are missing are made.
 
     Args:
         model: what to sample from.
-        out: folder of the shards `shard-000000.tar ...`; ranks take them in turn.
+        out: folder of the shards `shard-000000.tar ...`; parts take them in turn.
         count: number of images.
         seed: with an image's index, it determines the image's noise.
         temperature: scale of the latents.
@@ -109,11 +110,12 @@ def generate(
         label: class of a conditional model's images; if not given, they take turns by index.
         shard_size: images a shard.
         block: images that are computed together.
-        rank: this process.
-        world_size: number of processes.
+        part: which of the parts to make, from 0 on.
+        parts: into how many the work is divided, over processes and jobs.
+        quiet: show no progress bar.
 
     Returns:
-        The paths of all shards, in order.
+        The paths of all shards, those of the other parts too, in order.
 
     Raises:
         ClaimError: if `out` holds another job's images.
@@ -129,12 +131,14 @@ def generate(
     }
     claim_folder(out, JOB, job)
     shards = list(_shard_ranges(out, count, shard_size))
-    missing = [(path, indices) for path, indices in shards if not path.exists()]
-    with tqdm(total=count, desc="sampling", unit="img", disable=rank > 0) as progress:
-        progress.update(count - sum(len(indices) for _, indices in missing))
-        for path, indices in shards[rank::world_size]:
-            if path.exists():
-                continue
+    own = shards[part::parts]
+    missing = [(path, indices) for path, indices in own if not path.exists()]
+    left = sum(len(indices) for _, indices in missing)
+    total = sum(len(indices) for _, indices in own)
+    with tqdm(
+        total=total, initial=total - left, desc="sampling", unit="img", disable=quiet
+    ) as progress:
+        for path, indices in missing:
             images = sample_blocks(model, seed, indices, temperature, block, label).numpy()
             rows = zip(indices, images, labels_of(model, indices, label), strict=True)
             samples = (Sample(f"{i:09d}", x, y if y >= 0 else None) for i, x, y in rows)

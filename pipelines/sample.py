@@ -1,16 +1,20 @@
 """Generate images from a run's averaged weights, as WebDataset shards of PNGs and a grid.
 
 python pipelines/sample.py RUN --count N --out DIR, alone or under `accelerate launch`; the same
-command again makes only what is missing.
+command again makes only what is missing. Several jobs share the work by --part I --parts N.
 """
 
 import argparse
+import os
 from pathlib import Path
+
+from accelerate import Accelerator
 
 from glowscale.checkpoint import load_model
 from glowscale.distributed import leave, refuse_disagreement, start_accelerator
 from glowscale.errors import UserError
-from glowscale.jobs import job, positive, report, run, say
+from glowscale.jobs import job, positive, report, run, say, whole
+from glowscale.restarts import refuse_standstill
 from glowscale.sampling import generate, save_preview
 
 PREVIEW = 64
@@ -20,7 +24,10 @@ def main() -> None:
     """Load the model, write the shards that are missing, then the grid."""
     arguments = parse_arguments()
     with job():
+        if os.environ.get("RANK", "0") == "0":
+            refuse_standstill(arguments.out, len([*arguments.out.glob("*.tar")]), "shards")
         accelerator = start_accelerator()
+        part, parts = place_of(arguments, accelerator)
         model, checkpoint = load_model(arguments.run, arguments.weights)
         refuse_disagreement("checkpoints", checkpoint.digest)
         model.to(accelerator.device)
@@ -34,18 +41,38 @@ def main() -> None:
             identity={"checkpoint": checkpoint.digest, "weights": arguments.weights},
             label=label,
             shard_size=arguments.shard_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
+            part=part,
+            parts=parts,
+            quiet=not accelerator.is_main_process,
         )
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
+        if part == 0:
             grid = arguments.out / "grid.png"
             count = min(arguments.count, PREVIEW)
             save_preview(model, grid, count, arguments.seed, arguments.temperature, label)
-            say(f"{arguments.count:,} images in {len(shards)} shards; some of them in {grid}")
+        if accelerator.is_main_process:
+            say(describe(arguments, shards))
             if arguments.json:
-                report({"images": arguments.count, "shards": list(map(str, shards))})
+                made = [str(path) for path in shards if path.exists()]
+                report({"images": arguments.count, "shards": made})
         leave(accelerator)
+
+
+def place_of(arguments: argparse.Namespace, accelerator: Accelerator) -> tuple[int, int]:
+    """Which part of how many this process makes, among all processes of all jobs."""
+    processes = accelerator.num_processes
+    return (
+        arguments.part * processes + accelerator.process_index,
+        arguments.parts * processes,
+    )
+
+
+def describe(arguments: argparse.Namespace, shards: list[Path]) -> str:
+    """What there is now."""
+    there = sum(path.exists() for path in shards)
+    if there == len(shards):
+        return f"{arguments.count:,} images in {there} shards in {arguments.out}"
+    return f"{there} of {len(shards)} shards are there; other parts make the others"
 
 
 def class_label(name: str | None, names: list[str], classes: int) -> int | None:
@@ -70,8 +97,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--class", dest="class_name", metavar="NAME", help="only images of it")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema")
     parser.add_argument("--shard-size", type=positive, default=1000, help="images a shard")
+    parser.add_argument("--parts", type=positive, default=1, help="jobs that share the work")
+    parser.add_argument("--part", type=whole, default=0, help="which of them this is, from 0 on")
     parser.add_argument("--json", action="store_true", help="end with a JSON object on stdout")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.part >= arguments.parts:
+        parser.error(f"--part is {arguments.part}; it must be less than --parts {arguments.parts}")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ python pipelines/train.py CONFIG [dotted.key=value ...], alone or under `acceler
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
 
+from glowscale.checkpoint import images_reached
 from glowscale.config import Config, ConfigError, describe, load_config
 from glowscale.data import DataError, Manifest, load_manifest, make_shards, open_source
 from glowscale.data.manifest import MANIFEST
@@ -17,8 +19,10 @@ from glowscale.distributed import failing_together, leave, start_accelerator
 from glowscale.evaluation import histogram_bits_per_dim
 from glowscale.files import join
 from glowscale.jobs import job, report, run, say
+from glowscale.restarts import refuse_standstill, restarts
 from glowscale.training import Trainer
 from glowscale.training.plan import describe_plan, plan
+from glowscale.training.run_folder import is_finished
 
 
 def main() -> None:
@@ -33,6 +37,11 @@ def main() -> None:
             if arguments.json:
                 report(facts)
             return
+        if restarts() and is_finished(config):
+            say(f"{config.run.dir} is finished; there is nothing to go on with.")
+            return
+        if os.environ.get("RANK", "0") == "0":
+            refuse_standstill(config.run.dir, images_reached(config.run.dir), "images")
         accelerator = start_accelerator(
             config.train.precision, config.log.trackers, config.run.dir
         )

@@ -53,7 +53,7 @@ def test_ranks_and_restarts_give_the_same_shards(model: MultiscaleFlow, tmp_path
     whole = generate(model, tmp_path / "whole", **options())
     assert [path.name for path in whole] == [f"shard-{i:06d}.tar" for i in range(3)]
     for rank in (1, 0):
-        parts = generate(model, tmp_path / "parts", **options(), rank=rank, world_size=2)
+        parts = generate(model, tmp_path / "parts", **options(), part=rank, parts=2)
     assert [p.read_bytes() for p in parts] == [p.read_bytes() for p in whole]
     assert sorted(read(whole)) == [f"{i:09d}" for i in range(23)]
     kept = {path: path.stat().st_mtime_ns for path in parts}

@@ -36,6 +36,15 @@ FREE_KEYS = (
 """Config keys, or whole sections, that may change when a run is resumed."""
 
 
+EVALUATION = "evaluation.json"
+
+
+def is_finished(config: Config) -> bool:
+    """Whether a run has its final figure, after all the images that its config asks for."""
+    path = config.run.dir / EVALUATION
+    return path.exists() and json.loads(path.read_bytes())["trained_images"] >= config.train.images
+
+
 class RunFolder:
     """Paths and files of a run. Only the main process writes.
 
@@ -108,7 +117,7 @@ class RunFolder:
     def save_evaluation(self, images: int, evaluation: Evaluation) -> None:
         """Write the figure over all held-out images, and after how many training images."""
         content = json.dumps({"trained_images": images, **evaluation.to_dict()}, indent=1)
-        write_atomically(self.path / "evaluation.json", content.encode())
+        write_atomically(self.path / EVALUATION, content.encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics."""
