@@ -79,7 +79,7 @@ def save_checkpoint(
         _write_files(partial, tensors, state)
         for path in _newest_first(folder):
             if path.name >= target.name:  # passed over on resume: damaged, or of a later place
-                shutil.rmtree(path)
+                _remove(path)
         os.replace(partial, target)
         sync(folder)
         kept = _kept(_newest_first(folder), keep, keep_every)
@@ -90,7 +90,10 @@ def save_checkpoint(
             f"{target} cannot be written ({error}); the checkpoints before are whole."
         ) from error
     for path in set(_newest_first(folder)) - set(kept):
-        shutil.rmtree(path)
+        try:
+            _remove(path)
+        except OSError as error:  # the run goes on, and the next save tries again
+            print(f"WARNING: {path} cannot be removed ({error}).", file=sys.stderr)
     return target
 
 
@@ -288,11 +291,18 @@ def _images_of(path: Path) -> int:
     return int(path.name.removeprefix("images-"))
 
 
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; a kill leaves it whole, or nothing that bears its name."""
+    unnamed = path.with_name(path.name + TEMPORARY)
+    os.replace(path, unnamed)
+    shutil.rmtree(unnamed)
+
+
 def _remove_unfinished(folder: Path) -> None:
-    """Remove what a kill has left half-written, here and of the pointer."""
+    """Remove what kills have left, of checkpoints and of the pointer."""
     for path in folder.glob(f"*{TEMPORARY}"):
         if path.is_dir():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
 

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import Tensor
 
 from glowscale.bijections import ActNorm, Bijection
+from glowscale.checkpoint import find_checkpoint
 from glowscale.data.sources import Sample, Split
 from glowscale.data.writer import pack_split
 from glowscale.dequantization import Dequantizer
@@ -191,6 +194,24 @@ def call_job(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
         return code, out, err + message
 
     return call
+
+
+def final_tensors(run: Path) -> dict[str, Tensor]:
+    folder = find_checkpoint(run)
+    return {
+        f"{part}/{key}": value
+        for part in ("model", "ema", "optimizer")
+        for key, value in load_file(folder / f"{part}.safetensors").items()
+    }
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, averages, optimizer and metrics are the same bits."""
+    a, b = final_tensors(one), final_tensors(other)
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
 
 
 def last_json(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:

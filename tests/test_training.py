@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,18 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from torch import Tensor
 
-from glowscale.checkpoint import find_checkpoint
 from glowscale.config import ConfigError, parse_config
 from glowscale.distributed import LaunchError, start_accelerator
 from glowscale.models import MultiscaleFlow
 from glowscale.training import Trainer
 from glowscale.training.ema import EMA
 from glowscale.training.optimizer import learning_rate
-from tests.conftest import Runner, job_command, job_environment, tiny_glow
+from tests.conftest import (
+    Runner,
+    final_tensors,
+    tiny_glow,
+)
 
 
 @pytest.fixture
@@ -31,57 +30,6 @@ def config_path(tmp_path: Path, config_dict: dict[str, Any]) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config_dict))
     return path
-
-
-def final_tensors(run: Path) -> dict[str, Tensor]:
-    folder = find_checkpoint(run)
-    return {
-        f"{part}/{key}": value
-        for part in ("model", "ema", "optimizer")
-        for key, value in load_file(folder / f"{part}.safetensors").items()
-    }
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, averages, optimizer and metrics are the same bits."""
-    a, b = final_tensors(one), final_tensors(other)
-    assert a.keys() == b.keys()
-    different = [key for key in a if not torch.equal(a[key], b[key])]
-    assert not different
-    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-
-
-def kill_after_next_checkpoint(command: list[str], run: Path, delay: float) -> None:
-    """Start a training and SIGKILL it `delay` seconds after it has written a checkpoint."""
-    folder = run / "checkpoints"
-    before = set(folder.glob("images-*"))
-    process = subprocess.Popen(
-        command, env=job_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    deadline = time.monotonic() + 120
-    while not {p for p in folder.glob("images-*") if p.suffix == ""} - before:
-        assert process.poll() is None, process.stdout.read()  # type: ignore[union-attr]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def test_killed_runs_end_with_the_weights_of_the_uninterrupted_one(
-    config_path: Path, tmp_path: Path, run_job: Runner
-) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run_job("train.py", config_path, f"run.dir={whole}")
-    command = [*job_command("train.py"), str(config_path), f"run.dir={killed}"]
-    for delay in (0.0, 0.15, 0.05):
-        kill_after_next_checkpoint(command, killed, delay)
-        assert not (killed / "checkpoints" / "images-000000000320").exists()
-    result = run_job("train.py", config_path, f"run.dir={killed}", "data.workers=2")
-    assert_same_run(whole, killed)
-    assert "bits/dim" in result.stderr
-    assert (killed / "samples.png").read_bytes() == (whole / "samples.png").read_bytes()
-    assert (killed / "curves.png").stat().st_size > 1000
 
 
 def test_a_longer_run_continues_a_finished_one(
