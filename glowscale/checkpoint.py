@@ -293,7 +293,7 @@ def _images_of(path: Path) -> int:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint; a kill leaves it whole, or nothing that bears its name."""
-    unnamed = path.with_name(path.name + TEMPORARY)
+    unnamed = path.with_name(f"{path.name}.old{TEMPORARY}")
     os.replace(path, unnamed)
     shutil.rmtree(unnamed)
 
