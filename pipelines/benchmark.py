@@ -2,6 +2,9 @@
 
 python pipelines/benchmark.py data: the training stream, images per second of one reading process,
 beside the plain webdataset pipeline and beside a bare loop that reads and decodes the same bytes.
+
+python pipelines/benchmark.py checkpoint: what a save costs the training, the mean time of so many
+steps with one save in them beside the mean of as many without.
 """
 
 import argparse
@@ -15,11 +18,14 @@ import numpy as np
 import torch
 import webdataset
 
+from glowscale.config import parse_config
 from glowscale.data import ShardSet, Slice, training_stream
 from glowscale.data.images import decode_png
 from glowscale.data.sources import Sample, Split
 from glowscale.data.writer import pack_split
+from glowscale.distributed import start_accelerator
 from glowscale.jobs import job, positive, report, run, say
+from glowscale.training import Trainer
 
 BATCH = 64
 LANES = 8
@@ -29,12 +35,108 @@ def main() -> None:
     """Run the benchmark that is asked for."""
     arguments = parse_arguments()
     with job(), tempfile.TemporaryDirectory() as folder:
-        torch.set_num_threads(1)  # of one reader
-        shards = ShardSet(arguments.shards or packed_clothes(Path(folder), arguments.images))
-        figures = compare_streams(shards, arguments.images, arguments.repeats)
-        say(describe(shards, figures))
+        figures = arguments.measure(arguments, Path(folder))
         if arguments.json:
             report(figures)
+
+
+def measure_streams(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """The benchmark of the training stream."""
+    torch.set_num_threads(1)  # of one reader
+    shards = ShardSet(arguments.shards or packed_clothes(folder, arguments.images))
+    figures = compare_streams(shards, arguments.images, arguments.repeats)
+    say(describe(shards, figures))
+    return figures
+
+
+def measure_saves(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """The benchmark of saving: steps with a save among them beside steps without, in turn."""
+    trainer = wide_trainer(arguments, folder)
+    steps = Steps(trainer, arguments.batch)
+    steps.mean_seconds(2, save=False)
+    steps.mean_seconds(2, save=True)  # the copies' memory is taken once
+    trainer.finish_saving()
+    without, with_save, blocked = [], [], []
+    for _ in range(arguments.repeats):
+        without.append(steps.mean_seconds(arguments.steps, save=False))
+        with_save.append(steps.mean_seconds(arguments.steps, save=True))
+        blocked.append(steps.blocked)
+        started = time.perf_counter()
+        trainer.finish_saving()  # a save that outlasts the steps must not burden the next
+        waited = time.perf_counter() - started
+    newest = max(trainer.folder.checkpoints.glob("images-*"))
+    size = sum(path.stat().st_size for path in newest.iterdir())
+    parameters = sum(p.numel() for p in trainer.state.model.parameters())
+    figures = {
+        "parameters": parameters,
+        "bytes": size,
+        "steps": arguments.steps,
+        "seconds_per_step": round(statistics.median(without), 4),
+        "seconds_per_step_with_save": round(statistics.median(with_save), 4),
+        "ratio": round(
+            statistics.median(b / a for a, b in zip(without, with_save, strict=True)), 4
+        ),
+        "seconds_blocked": round(statistics.median(blocked), 3),
+        "seconds_left_after_the_steps": round(waited, 3),
+    }
+    say(
+        f"{parameters:,} parameters, {size / 1e6:,.0f} MB a checkpoint, "
+        f"{arguments.steps} steps of {arguments.batch} images:\n"
+        f"  a step without a save {figures['seconds_per_step']:.3f} s, with one among them "
+        f"{figures['seconds_per_step_with_save']:.3f} s: {figures['ratio']:.4f} times\n"
+        f"  the save itself blocks for {figures['seconds_blocked']:.3f} s"
+    )
+    return figures
+
+
+def wide_trainer(arguments: argparse.Namespace, folder: Path) -> Trainer:
+    """A trainer of the paper's CIFAR-10 Glow, on random images."""
+
+    def sample(i: int) -> Sample:
+        rng = np.random.default_rng(i)
+        return Sample(f"{i:04d}", rng.integers(0, 256, (3, 32, 32), dtype=np.uint8), None)
+
+    for name in ("train", "test"):
+        split = Split(name, "noise", (3, 32, 32), 256, (), 64, sample)
+        pack_split(split, folder / "data" / name, 64)
+    config = {
+        "run": {"dir": str(folder / "run")},
+        "data": {"dir": str(folder / "data"), "lanes": 1},
+        "model": {
+            "family": "glow",
+            "levels": 3,
+            "depth": arguments.depth,
+            "hidden_channels": arguments.width,
+        },
+        "train": {
+            "images": 10**9,
+            "batch": arguments.batch,
+            "init_images": 16,
+            "optimizer": {"kind": "adamax"},
+        },
+    }
+    return Trainer(parse_config(config), start_accelerator())
+
+
+class Steps:
+    """Updates of a trainer on one fixed batch, and their time."""
+
+    def __init__(self, trainer: Trainer, batch: int) -> None:
+        self.trainer = trainer
+        self.part = Slice(trainer.train_shards.read_batch(0, batch), [])
+        self.blocked = 0.0
+        """Seconds that the last save kept the training waiting."""
+
+    def mean_seconds(self, count: int, save: bool) -> float:
+        """The mean of so many updates; one in their middle may be followed by a save."""
+        begun = time.perf_counter()
+        for number in range(count):
+            self.trainer.update(self.part)
+            if save and number == count // 5:
+                started = time.perf_counter()
+                self.trainer.save()
+                self.blocked = time.perf_counter() - started
+        return (time.perf_counter() - begun) / count
 
 
 def compare_streams(shards: ShardSet, images: int, repeats: int) -> dict[str, float]:
@@ -168,7 +270,16 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--shards", type=Path, help="a packed split; else images are made")
     data.add_argument("--images", type=positive, default=20_000, help="of one measurement")
     data.add_argument("--repeats", type=positive, default=5, help="measurements of each")
-    data.add_argument("--json", action="store_true", help="end with a JSON object on stdout")
+    data.set_defaults(measure=measure_streams)
+    saving = kinds.add_parser("checkpoint", help="what a save costs the training")
+    saving.add_argument("--steps", type=positive, default=50, help="of one measurement")
+    saving.add_argument("--batch", type=positive, default=16, help="images of a step")
+    saving.add_argument("--depth", type=positive, default=32, help="of the Glow, per level")
+    saving.add_argument("--width", type=positive, default=512, help="of its networks")
+    saving.add_argument("--repeats", type=positive, default=3, help="measurements of each")
+    saving.set_defaults(measure=measure_saves)
+    for kind in (data, saving):
+        kind.add_argument("--json", action="store_true", help="end with a JSON object on stdout")
     return parser.parse_args()
 
 

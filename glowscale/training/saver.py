@@ -1,5 +1,8 @@
 """Saving without stalling: tensors are copied to host memory and written beside the training."""
 
+import os
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -27,7 +30,7 @@ class Saver:
     def __init__(self, write: Callable[[Parts, dict[str, Any]], object]) -> None:
         self._write = write
         self._copies: dict[str, dict[str, Tensor]] = {}
-        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writer = ThreadPoolExecutor(1, "checkpoint", _give_way)
         self._pending: Future[None] | None = None
 
     def start(self, tensors: Parts, counters: dict[str, Any]) -> None:
@@ -86,6 +89,12 @@ class Saver:
         if copied is not None:
             copied.synchronize()
         self._write(self._copies, counters)
+
+
+def _give_way() -> None:
+    """Let this thread have only the time that the training leaves; where threads have a rank."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _room(tensor: Tensor, before: Tensor | None) -> Tensor:

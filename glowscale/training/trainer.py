@@ -77,24 +77,28 @@ class Trainer:
                 if self.is_main:
                     held.callback(RunLock(config.run.dir).release)
             refuse_unshared(config.run.dir)
-            self.state = self._resume(model) or self._begin(model)
+            resumed = self._resume(model)
+            self.state = resumed or self._begin(model)
             with failing_together():
                 start_trackers(accelerator, config, self.state.images)
+            self._stop = StopRequest()
+            self.reports = Reports(
+                config, accelerator, self.folder, self.state, self.held_out_shards, self._stop
+            )
+            self.update = Updater(
+                config.train,
+                config.data.lost_limit,
+                config.run.seed,
+                accelerator,
+                accelerator.prepare(model),
+                self.state,
+                self.reports.log_masked,
+                self._stop,
+            )
+            if resumed is None:
+                self.save()
+                self.finish_saving()
             self._held = held.pop_all()
-        self._stop = StopRequest()
-        self.reports = Reports(
-            config, accelerator, self.folder, self.state, self.held_out_shards, self._stop
-        )
-        self.update = Updater(
-            config.train,
-            config.data.lost_limit,
-            config.run.seed,
-            accelerator,
-            accelerator.prepare(model),
-            self.state,
-            self.reports.log_masked,
-            self._stop,
-        )
 
     def train(self) -> Evaluation:
         """Train to `train.images`; return the averaged weights' held-out bits/dim.
@@ -113,12 +117,37 @@ class Trainer:
                 self._update_to_the_end(progress)
                 result = self.reports.finish()
             except Stopped as stopped:
-                self.update.settle()
-                self._save(self.state)
-                self._finish_saving()
+                self.save()
+                self.finish_saving()
                 raise Stopped(self._describe_stop()) from stopped
-            self._finish_saving()
+            self.finish_saving()
             return result
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of the state; all processes call it, the main one writes.
+
+        Raises:
+            NonFiniteError: if a tensor of it is not finite.
+            CheckpointError: if the one before could not be written.
+        """
+        self.update.settle()
+        state = self.state
+        if state.images == self._saved:
+            return
+        if bad := state.non_finite_tensor():
+            raise NonFiniteError(
+                f"At image {state.images:,} the tensor {bad} is not finite, so no checkpoint is "
+                f"written; those in {self.folder.checkpoints} are from before."
+            )
+        with failing_together():
+            if self.is_main:
+                self._saver.start(state.tensors(), state.counters())
+        self._saved = state.images
+
+    def finish_saving(self) -> None:
+        """Return, on all processes, when the checkpoint is written."""
+        with failing_together():
+            self._saver.wait()
 
     def _update_to_the_end(self, progress: "tqdm[Any]") -> None:
         """All updates that are left, with looks and checkpoints where they are due.
@@ -147,8 +176,7 @@ class Trainer:
                 self.state.due = [kind for kind, every in looks.items() if self._due(every)]
                 self._look(progress)
                 if self._due(settings.checkpoint.every):
-                    self.update.settle()
-                    self._save(self.state)
+                    self.save()
 
     def _look(self, progress: "tqdm[Any]") -> None:
         """Whatever is due to be looked at; raises Stopped before it if that is agreed."""
@@ -233,8 +261,6 @@ class Trainer:
         with failing_together():
             if self.is_main:
                 self.folder.open(-1)
-        self._save(state)
-        self._finish_saving()
         return state
 
     def _load_weights(self, model: MultiscaleFlow, name: str) -> None:
@@ -264,30 +290,6 @@ class Trainer:
         settings = self.config.train
         optimizer = build_optimizer(model, **settings.optimizer.model_dump())
         return TrainingState(model, optimizer, settings.ema_images)
-
-    def _save(self, state: TrainingState) -> None:
-        """Begin to write a checkpoint; all ranks call it, the main one writes.
-
-        Raises:
-            NonFiniteError: if a tensor of it is not finite.
-            CheckpointError: if the one before could not be written.
-        """
-        if state.images == self._saved:
-            return
-        if bad := state.non_finite_tensor():
-            raise NonFiniteError(
-                f"At image {state.images:,} the tensor {bad} is not finite, so no checkpoint is "
-                f"written; those in {self.folder.checkpoints} are from before."
-            )
-        with failing_together():
-            if self.is_main:
-                self._saver.start(state.tensors(), state.counters())
-        self._saved = state.images
-
-    def _finish_saving(self) -> None:
-        """Return, on all ranks, when the checkpoint is written."""
-        with failing_together():
-            self._saver.wait()
 
     def _stream(self, cursor: int, batch: int, workers: int) -> Generator[Slice]:
         data = self.config.data
