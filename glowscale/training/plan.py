@@ -11,6 +11,8 @@ from glowscale.models import MultiscaleFlow, build_model
 
 COPIES = 5
 """Of the weights: themselves, gradients, averages, and the optimizer's two quantities."""
+SAVED = 4
+"""Of them, in a checkpoint: all but the gradients."""
 
 
 def plan(
@@ -32,7 +34,8 @@ def plan(
     Returns:
         `parameters`, `steps`, `epochs`, `legal_processes`, `weights_bytes` (weights, gradients,
         averages and optimizer), `activation_bytes_per_image` (kept for the backward pass, in
-        float32), and `memory_bytes` (of one process where a single one runs).
+        float32), `memory_bytes` (of one process where a single one runs), and `checkpoint_bytes`
+        (on disk, and again in the main process's host memory).
     """
     with torch.device("meta"):  # shapes without memory, so any model can be planned anywhere
         try:
@@ -53,6 +56,7 @@ def plan(
         "weights_bytes": weights,
         "activation_bytes_per_image": activations,
         "memory_bytes": weights + held * activations,
+        "checkpoint_bytes": SAVED * 4 * parameters,
     }
 
 
@@ -83,6 +87,8 @@ def describe_plan(facts: dict[str, Any]) -> str:
             f"steps: {facts['steps']:,} ({facts['epochs']:,} epochs)",
             f"memory of a single process: about {memory:.2f} GiB ({activations:.1f} MiB of "
             f"activations an image, in float32)",
+            f"a checkpoint: about {facts['checkpoint_bytes'] / 2**20:,.1f} MiB on disk, and a copy "
+            f"in host memory from which it is written",
             f"legal process counts: {', '.join(map(str, facts['legal_processes']))}",
         ]
     )
