@@ -15,9 +15,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from glowscale.errors import UserError
+from glowscale.stopping import LostProcessError
 
 Precision = Literal["float32", "bf16", "float64"]
-JOIN_SECONDS = 45.0
+JOIN_SECONDS = 55.0
 """So long processes wait for one another when a job starts."""
 
 
@@ -36,8 +37,9 @@ def start_accelerator(
         folder: where trackers write that keep files.
 
     Raises:
-        LaunchError: if Accelerate counts other processes than the launcher started, some of
-            them are not there within a minute, or a tracker is not installed.
+        LaunchError: if Accelerate counts other processes than the launcher started, or a
+            tracker is not installed.
+        LostProcessError: if some of them are not there within a minute.
     """
     available = [str(tracker) for tracker in get_available_trackers()]
     for tracker in trackers:
@@ -82,7 +84,7 @@ def _meet(processes: int) -> None:
             address, int(port), processes, rank == 0, timeout=timedelta(seconds=JOIN_SECONDS)
         )
     except (RuntimeError, ValueError) as error:
-        raise LaunchError(
+        raise LostProcessError(
             f"{processes} processes (WORLD_SIZE) were to meet at {address}:{port} within "
             f"{JOIN_SECONDS:.0f} s, and did not: {str(error).partition(chr(10))[0]}"
         ) from None

@@ -4,6 +4,7 @@ import argparse
 import atexit
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from glowscale.errors import UserError
-from glowscale.stopping import STOPPED, Stopped
+from glowscale.stopping import STOPPED, LostProcessError, Stopped
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -41,7 +42,8 @@ def job() -> Iterator[None]:
     """Run a job's body; an error that the user can mend ends it with one sentence, status 1.
 
     So do a full disk, a missing permission, and whatever else the file system refuses. A job
-    that was asked to stop and saved its state ends with the status STOPPED.
+    that was asked to stop and saved its state ends with the status STOPPED; so does one that has
+    lost another of its processes, as when a node fails.
     """
     try:
         yield
@@ -49,6 +51,8 @@ def job() -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             say(f"Stopped: {stopped}")
         raise SystemExit(STOPPED) from None
+    except LostProcessError as error:
+        _end_without_others(str(error))
     except KeyboardInterrupt:
         raise SystemExit(
             "Interrupted; the same command goes on from the last checkpoint."
@@ -57,9 +61,27 @@ def job() -> Iterator[None]:
         first = str(error).partition(". ")[0]
         raise SystemExit(f"Error: {first}; lower train.micro_batch or evaluate.batch.") from None
     except (UserError, OSError, SafetensorError) as error:
-        rank = os.environ.get("RANK")
-        where = f" on rank {rank}" if rank not in (None, "0") else ""
-        raise SystemExit(f"Error{where}: {_sentence(error)}") from None
+        raise SystemExit(f"Error{_where()}: {_sentence(error)}") from None
+    except RuntimeError as error:
+        if not LOST_PEER.search(str(error)):
+            raise
+        _end_without_others(str(error).partition("\n")[0])
+
+
+LOST_PEER = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|NCCL.*(remote|abort)")
+"""What gloo and NCCL say where the process at the other end is gone."""
+
+
+def _end_without_others(why: str) -> NoReturn:
+    say(
+        f"Lost another process{_where()}: {why} The same command goes on from the last checkpoint."
+    )
+    raise SystemExit(STOPPED)
+
+
+def _where() -> str:
+    rank = os.environ.get("RANK")
+    return f" on rank {rank}" if rank not in (None, "0") else ""
 
 
 def say(text: str) -> None:

@@ -42,6 +42,12 @@ def uniform_noise(keys: Iterable[Key], shape: tuple[int, ...]) -> Tensor:
     return _stack(rows, shape).clamp_(min=2.0**-25)  # random() is a multiple of 2⁻²⁴ in [0, 1)
 
 
+def sign_noise(keys: Iterable[Key], shape: tuple[int, ...]) -> Tensor:
+    """Rademacher noise, −1 or 1, (B, *shape), row i drawn from keys[i] alone."""
+    rows = [generator(*key).integers(0, 2, shape, np.int8) for key in keys]
+    return _stack(rows, shape).float() * 2 - 1
+
+
 NOISES = {"normal": normal_noise, "uniform": uniform_noise}
 """Noise by the kind that a dequantizer names."""
 

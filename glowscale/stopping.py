@@ -18,6 +18,10 @@ class Stopped(Exception):  # noqa: N818 - the job was asked to, nothing failed
     """Work that was asked to stop; the message says where it stands."""
 
 
+class LostProcessError(Exception):
+    """Another process of the job is gone, or never came; nothing is wrong with this one."""
+
+
 class StopRequest:
     """Whether this process was asked to stop, by SIGTERM or SIGUSR1.
 

@@ -27,6 +27,11 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # the models are tiny, and tests run side by side
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with those that share one slow thing, and so run in one process from first to last."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state() -> None:
     torch.manual_seed(0)

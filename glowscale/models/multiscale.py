@@ -177,8 +177,21 @@ class MultiscaleFlow(nn.Module):
         features: Tensor = self.class_features(labels)
         return features[:, :, None, None]
 
-    def draw_noise(self, keys: Iterable[Key]) -> Tensor:
-        """The dequantizer's noise (B, C, H, W) on the CPU, row i a function of keys[i]."""
+    def figures(self) -> dict[str, float]:
+        """What the run's metrics tell of the last update besides; nothing of most models."""
+        return {}
+
+    def take_troubles(self) -> list[str]:
+        """What went wrong since the last call, and was made good in another way."""
+        return []
+
+    def draw_noise(self, keys: Iterable[Key], probe: int = 0) -> Tensor:
+        """The noise of `forward` on the CPU, row i a function of keys[i]: the dequantizer's.
+
+        Args:
+            keys: one an image.
+            probe: for models that estimate a trace, which of several estimates it is for.
+        """
         return NOISES[self.dequantizer.noise_kind](keys, self.image_shape)
 
     def draw_latents(

@@ -87,8 +87,8 @@ def describe_plan(facts: dict[str, Any]) -> str:
             f"steps: {facts['steps']:,} ({facts['epochs']:,} epochs)",
             f"memory of a single process: about {memory:.2f} GiB ({activations:.1f} MiB of "
             f"activations an image, in float32)",
-            f"a checkpoint: about {facts['checkpoint_bytes'] / 2**20:,.1f} MiB on disk, and a copy "
-            f"in host memory from which it is written",
+            f"a checkpoint: about {facts['checkpoint_bytes'] / 2**20:,.1f} MiB on disk, and a "
+            f"copy in host memory from which it is written",
             f"legal process counts: {', '.join(map(str, facts['legal_processes']))}",
         ]
     )

@@ -1,5 +1,6 @@
 """The training loop: draw a global batch, update, and at set counts of images look and save."""
 
+import sys
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, closing
@@ -314,4 +315,5 @@ class Trainer:
             unit="img",
             unit_scale=True,
             disable=not self.is_main,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,  # a log needs fewer lines
         )
