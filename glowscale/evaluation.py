@@ -43,6 +43,13 @@ class Evaluation:
     """Of the mean, over the images; None for one image."""
     images: int
     importance_samples: int
+    probes: int
+    """Estimates of a continuous flow's trace for each of these; 1 of other models."""
+    trace_standard_error: float | None
+    """Of the mean, due to the trace's estimates; None where there is one or none."""
+    solver_gap: float | None
+    """Bits/dim by which a tight adaptive solve of the first images differs; None of other
+    models."""
     dequantization: str
     image_shape: tuple[int, int, int]
     grey_levels: int
@@ -59,10 +66,13 @@ class Evaluation:
     def __str__(self) -> str:
         error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
         samples = "samples" if self.importance_samples > 1 else "sample"
+        gap = "" if self.solver_gap is None else f"solver's gap {self.solver_gap:+.1e}, "
+        trace = self.trace_standard_error
+        probes = "" if trace is None else f"{self.probes} probes ± {trace:.1e}, "
         return (
             f"{self.bits_per_dim:.4f}{error} bits/dim ({self.images:,} held-out images, "
             f"{self.dequantization} dequantization, {self.importance_samples} importance "
-            f"{samples}, data {self.fingerprint[:8]}, round trip off by "
+            f"{samples}, {probes}{gap}data {self.fingerprint[:8]}, round trip off by "
             f"{self.round_trip_error:.1e}, of prior samples by {self.prior_round_trip_error:.1e})"
         )
 
@@ -82,6 +92,7 @@ def evaluate(
     batch: int = 250,
     images: int | None = None,
     importance_samples: int = 1,
+    probes: int = 1,
     rank: int = 0,
     world_size: int = 1,
     stopping: Callable[[], bool] = lambda: False,
@@ -98,6 +109,7 @@ def evaluate(
         batch: images of a block.
         images: score only the first so many.
         importance_samples: K of the importance-weighted bound log 1/K Σ p(v)/q(v|x).
+        probes: estimates of a continuous flow's trace that are averaged.
         rank: this process.
         world_size: number of processes; all must call this.
         stopping: whether this process was asked to stop; asked before every block.
@@ -113,8 +125,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     with failing_together(), torch.inference_mode():
-        scores = torch.zeros(3, count, dtype=torch.float64, device=model.device)
-        errors = torch.zeros(2, dtype=torch.float64, device=model.device)
+        scores = torch.zeros(4, count, dtype=torch.float64, device=model.device)
+        errors = torch.zeros(3, dtype=torch.float64, device=model.device)
         left = _score_blocks(
             model,
             shards,
@@ -122,6 +134,7 @@ def evaluate(
             [range(i, min(i + batch, count)) for i in range(0, count, batch)][rank::world_size],
             seed,
             importance_samples,
+            probes,
             stopping,
         )
         if rank == 0 and not left:
@@ -129,15 +142,17 @@ def evaluate(
             errors[0] = _round_trip_of(model, *_dequantized(model, block, seed))
             samples = _prior_samples(model, seed, ROUND_TRIPS)
             errors[1] = _round_trip_of(model, *samples, clamp=True)
+            errors[2] = _solver_gap(model, block, seed)
     model.train(was_training)
     if sum_over_ranks(torch.tensor(float(left), device=model.device)):
         raise Stopped(f"the evaluation on {count:,} images was not finished.")
-    log_prob, scored, labels = sum_over_ranks(scores).cpu()
+    log_prob, scored, labels, variance = sum_over_ranks(scores).cpu()
     if not bool((scored == 1).all()):
         missed = int((scored == 0).sum())
         raise DataError(f"Of {count} images {missed} were not scored, or some were twice.")
     bits = bits_per_dim(log_prob, model.dimensions)
-    round_trip_error, prior_round_trip_error = sum_over_ranks(errors).tolist()
+    round_trip_error, prior_round_trip_error, solver_gap = sum_over_ranks(errors).tolist()
+    trace_error = bits_per_dim(-variance.sum().sqrt() / count, model.dimensions)
     return Evaluation(
         bits_per_dim=float(bits.mean()),
         per_class={
@@ -148,6 +163,9 @@ def evaluate(
         standard_error=float(bits.std() / math.sqrt(count)) if count > 1 else None,
         images=count,
         importance_samples=importance_samples,
+        probes=probes,
+        trace_standard_error=float(trace_error) if model.is_solved and probes > 1 else None,
+        solver_gap=solver_gap if model.is_solved else None,
         dequantization=model.dequantizer.name,
         image_shape=model.image_shape,
         grey_levels=model.grey_levels,
@@ -165,10 +183,12 @@ def _score_blocks(
     blocks: list[range],
     seed: int,
     importance_samples: int,
+    probes: int,
     stopping: Callable[[], bool],
 ) -> int:
-    """Add each image's log p, 1 and its label to scores (3, count); return how many blocks left.
+    """Add each image's log p, 1, its label and log p's variance to scores (4, count).
 
+    Returns how many blocks are left.
     Blocks are left where the process is asked to stop.
     """
     first = bool(blocks) and blocks[0].start == 0
@@ -177,25 +197,50 @@ def _score_blocks(
         if stopping():
             return len(blocks) - done
         block = shards.read_batch(indices.start, indices.stop)
-        scores[0, block.ids] += score_block(model, block, seed, importance_samples)
+        log_prob, variance = _estimate_block(model, block, seed, importance_samples, probes)
+        scores[0, block.ids] += log_prob
+        scores[3, block.ids] += variance
         scores[1, block.ids] += 1
         scores[2, block.ids] += block.labels.to(model.device)
     return 0
 
 
 def score_block(
-    model: MultiscaleFlow, block: Batch, seed: int, importance_samples: int = 1
+    model: MultiscaleFlow, block: Batch, seed: int, importance_samples: int = 1, probes: int = 1
 ) -> Tensor:
     """The importance-weighted bound on log p of each image, float64 (B,), in nats."""
+    return _estimate_block(model, block, seed, importance_samples, probes)[0]
+
+
+def _estimate_block(
+    model: MultiscaleFlow, block: Batch, seed: int, importance_samples: int, probes: int
+) -> tuple[Tensor, Tensor]:
+    """As `score_block`, and the variance due to the estimates of a continuous flow's trace."""
     device = model.device
     refuse_unlabelled(model, block)
     images, labels = block.images.to(device), block.labels.to(device)
-    total = torch.full((len(images),), -math.inf, dtype=torch.float64, device=device)
+    log_weights, variances = [], []
     for k in range(importance_samples):
-        noise = model.draw_noise(_noise_keys(block, seed, k)).to(device)
-        log_weight = model(images, labels, noise).log_prob.double()
-        total = torch.logaddexp(total, log_weight)
-    return total - math.log(importance_samples)
+        estimates = []
+        for probe in range(probes):
+            noise = model.draw_noise(_noise_keys(block, seed, k), probe).to(device)
+            estimates.append(model(images, labels, noise).log_prob.double())
+        log_weights.append(torch.stack(estimates).mean(0))
+        spread = torch.stack(estimates).var(0) if probes > 1 else torch.zeros_like(estimates[0])
+        variances.append(spread / probes)
+    weights = torch.stack(log_weights)
+    total = torch.logsumexp(weights, 0) - math.log(importance_samples)
+    return total, (weights.softmax(0).square() * torch.stack(variances)).sum(0)
+
+
+def _solver_gap(model: MultiscaleFlow, block: Batch, seed: int) -> Tensor | float:
+    """Mean bits/dim of a block as it is scored, less that of a tight adaptive solve."""
+    if not model.is_solved:
+        return 0.0
+    log_prob = score_block(model, block, seed)
+    with model.solving_tightly():
+        tight = score_block(model, block, seed)
+    return bits_per_dim(log_prob - tight, model.dimensions).mean()
 
 
 def _round_trip_of(
@@ -215,6 +260,7 @@ def _round_trip_of(
 def _dequantized(model: MultiscaleFlow, block: Batch, seed: int) -> tuple[Tensor, Tensor]:
     """Continuous images of a block, and their labels."""
     noise = model.draw_noise(_noise_keys(block, seed, 0)).to(model.device, model.dtype)
+    noise = noise[:, : model.image_shape[0]]  # others are probes
     images, _ = model.dequantizer(block.images.to(model.device), noise)
     return images, block.labels.to(model.device)
 

@@ -32,6 +32,7 @@ def main() -> None:
             batch=arguments.batch or config.evaluate.batch,
             images=arguments.images,
             importance_samples=arguments.importance_samples or config.evaluate.importance_samples,
+            probes=arguments.probes or config.evaluate.probes,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
         )
@@ -51,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", choices=["ema", "model"], default="ema")
     parser.add_argument("--images", type=positive, help="score only the first so many")
     parser.add_argument("--importance-samples", type=positive, metavar="K", help="of the noise")
+    parser.add_argument("--probes", type=positive, help="estimates of a continuous flow's trace")
     parser.add_argument("--batch", type=positive, help="images of a block")
     parser.add_argument("--seed", type=int, help="seed of the dequantization noise")
     parser.add_argument("--json", action="store_true", help="end with a JSON object on stdout")

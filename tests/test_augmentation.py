@@ -88,6 +88,6 @@ def test_training_images_are_augmented_and_held_out_ones_are_not(
     bias = "levels.0.bijections.1.bijections.0.bias"  # ActNorm saw the augmented images
     assert not torch.equal(plain.state_dict()[bias], augmented.state_dict()[bias])
     augmented.load_state_dict(plain.state_dict())
-    assert trainers[0].evaluate() == trainers[1].evaluate()
+    assert trainers[0].reports.evaluate() == trainers[1].reports.evaluate()
     with pytest.raises(ValueError, match=r"'data\.augment\.crop' is -1"):
         parse_config({**config_dict, "data": {**config_dict["data"], "augment": {"crop": -1}}})

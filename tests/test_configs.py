@@ -25,6 +25,9 @@ SHAPES: dict[str, tuple[tuple[int, int, int], int]] = {
     "imagenet64_glow": ((3, 64, 64), 256),
     "celeba_hq_256_glow": ((3, 256, 256), 32),
     "my_images": ((3, 64, 64), 256),
+    "digits_ffjord": ((1, 8, 8), 17),
+    "fashion_mnist_ffjord": ((1, 28, 28), 256),
+    "cifar10_ffjord": ((3, 32, 32), 256),
 }
 """Image shape and grey levels of each config's data."""
 
@@ -76,7 +79,9 @@ def test_config_dry_runs_at_full_depth(path: Path, tmp_path: Path, call_job: Cal
     assert code == 0, err
     facts = json.loads(out)
     config = load_config(path)
-    assert facts["parameters"] > config.model.depth * config.model.hidden_channels**2
+    width = config.model.hidden_channels
+    narrowest = width if isinstance(width, int) else min(width)
+    assert facts["parameters"] > config.model.depth * narrowest**2
     assert facts["steps"] == -(-config.train.images // config.train.batch)
     assert facts["legal_processes"][-1] == config.data.lanes
     assert f"steps: {facts['steps']:,}" in err

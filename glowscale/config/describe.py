@@ -41,7 +41,8 @@ def _describe(section: type[Section], prefix: str) -> Iterator[tuple[str, str]]:
         if not sections or field.description:
             yield key, f"{_type_name(field)}{_default_text(field)}: {field.description}"
         for inner in sections:
-            tag = inner.model_fields.get("kind") if len(sections) > 1 else None
+            fields = inner.model_fields
+            tag = fields.get("kind", fields.get("family")) if len(sections) > 1 else None
             infix = f"[{get_args(tag.annotation)[0]}]" if tag else ""
             yield from _describe(inner, f"{key}{infix}.")
 

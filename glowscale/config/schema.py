@@ -29,6 +29,7 @@ Location = Annotated[
 ]
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -185,6 +186,12 @@ class VariationalDequantization(Section):
     context_channels: Count = Field(32, description="features that they read of the image")
 
 
+Preprocessing = Annotated[AffinePreprocessing | LogitPreprocessing, Field(discriminator="kind")]
+Dequantization = Annotated[
+    UniformDequantization | VariationalDequantization, Field(discriminator="kind")
+]
+
+
 class Glow(Section):
     """A multiscale Glow."""
 
@@ -200,12 +207,73 @@ class Glow(Section):
         "tanh", description="how an affine coupling bounds its scale; exponential does not"
     )
     matrix: Literal["lu", "plain"] = Field("lu", description="parametrization of the 1x1 conv")
-    preprocessing: Annotated[
-        AffinePreprocessing | LogitPreprocessing, Field(discriminator="kind")
-    ] = Field(AffinePreprocessing(kind="affine"), description="from grey levels to the flow")
-    dequantization: Annotated[
-        UniformDequantization | VariationalDequantization, Field(discriminator="kind")
-    ] = Field(UniformDequantization(kind="uniform"), description="how pixels become continuous")
+    preprocessing: Preprocessing = Field(
+        AffinePreprocessing(kind="affine"), description="from grey levels to the flow"
+    )
+    dequantization: Dequantization = Field(
+        UniformDequantization(kind="uniform"), description="how pixels become continuous"
+    )
+
+
+class Solver(Section):
+    """How a differential equation is solved."""
+
+    method: Literal[
+        "dopri5",
+        "dopri8",
+        "bosh3",
+        "fehlberg2",
+        "adaptive_heun",
+        "rk4",
+        "midpoint",
+        "euler",
+        "heun2",
+        "heun3",
+    ] = Field("dopri5", description="the first five choose their steps, the others have a grid")
+    tolerance: Positive = Field(1e-5, description="absolute and relative, where steps are chosen")
+    steps: Count = Field(4, description="of a grid")
+    evaluation_limit: Count = Field(1000, description="evaluations of one solve, where chosen")
+    smallest_step: Positive = Field(1e-7, description="of the time from 0 to 1, where chosen")
+
+
+class Ffjord(Section):
+    """A multiscale continuous flow."""
+
+    family: Literal["ffjord"] = Field(description="which kind of flow")
+    levels: Count = Field(description="scales; sides must be divisible by 2^(levels - 1)")
+    depth: Count = Field(2, description="continuous flows in a row, before and after a squeeze")
+    hidden_channels: tuple[Count, ...] = Field(
+        (64, 64, 64), strict=False, min_length=1, description="widths of a velocity's layers"
+    )
+    time: Literal["concat", "scale_shift"] = Field(
+        "scale_shift", description="how a velocity is told the time"
+    )
+    solver: Solver = Field(Solver(), description="in training")
+    evaluation_solver: Solver = Field(
+        Solver(method="rk4", steps=8),
+        description="otherwise; on a grid, figures do not depend on the block",
+    )
+    gradient: Literal["adjoint", "direct"] = Field(
+        "adjoint", description="solved backwards, or through the solver's own steps"
+    )
+    trace: Literal["hutchinson", "exact"] = Field(
+        "hutchinson", description="estimated by a probe, or a product for every dimension"
+    )
+    probe: Literal["rademacher", "gaussian"] = Field("rademacher", description="of the estimate")
+    kinetic: Weight = Field(0.0, description="weight of the velocities' mean square")
+    frobenius: Weight = Field(0.0, description="weight of their Jacobians' mean square")
+    fallback_steps: Count = Field(
+        8, description="rk4 steps where a solve passes its limits; see train.stiff_limit"
+    )
+    class_channels: Annotated[int, Field(ge=0)] = Field(
+        0, description="features of the class that velocities and top prior read; 0 ignores them"
+    )
+    preprocessing: Preprocessing = Field(
+        AffinePreprocessing(kind="affine"), description="from grey levels to the flow"
+    )
+    dequantization: Dequantization = Field(
+        UniformDequantization(kind="uniform"), description="how pixels become continuous"
+    )
 
 
 class Optimizer(Section):
@@ -250,6 +318,9 @@ class Train(Section):
     masked_limit: Count = Field(
         10, description="updates in a row that may be masked as not finite before the run ends"
     )
+    stiff_limit: Count = Field(
+        10, description="updates in a row whose solves may pass their limits before the run ends"
+    )
     warm_start: str | None = Field(
         None, description="run, checkpoint or published model whose weights a new run starts from"
     )
@@ -278,6 +349,7 @@ class Evaluate(Section):
     )
     batch: Count = Field(250, description="images of a block")
     importance_samples: Count = Field(1, description="samples of the dequantization noise")
+    probes: Count = Field(1, description="estimates of a continuous flow's trace, averaged")
     round_trip_limit: Positive | None = Field(
         0.5, description="grey levels by which decode(encode(x)) may be off before a run ends"
     )
@@ -308,7 +380,7 @@ class Config(Section):
 
     run: Run
     data: Data
-    model: Glow
+    model: Annotated[Glow | Ffjord, Field(discriminator="family")]
     train: Train
     log: Log = Log()
     evaluate: Evaluate = Evaluate()

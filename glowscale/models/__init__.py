@@ -5,13 +5,14 @@ from typing import Any
 
 from glowscale.bijections import AffinePixels, Bijection, LogitPixels
 from glowscale.dequantization import Dequantizer, UniformDequantizer, VariationalDequantizer
+from glowscale.models.ffjord import Ffjord
 from glowscale.models.glow import Glow
 from glowscale.models.multiscale import FlowOutput, MultiscaleFlow, Split
 
-FAMILIES: dict[str, Callable[..., MultiscaleFlow]] = {"glow": Glow}
+FAMILIES: dict[str, Callable[..., MultiscaleFlow]] = {"glow": Glow, "ffjord": Ffjord}
 """Assemblies by family; each takes the image shape, the grey levels, and its own arguments."""
 
-__all__ = ["FAMILIES", "FlowOutput", "Glow", "MultiscaleFlow", "Split", "build_model"]
+__all__ = ["FAMILIES", "Ffjord", "FlowOutput", "Glow", "MultiscaleFlow", "Split", "build_model"]
 
 
 def build_model(

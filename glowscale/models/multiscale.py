@@ -1,7 +1,8 @@
 """The multiscale flow: a bijection at every level, half the channels split off after each."""
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, cast
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,9 @@ class MultiscaleFlow(nn.Module):
     Raises:
         ValueError: where a level does not fit the shape that reaches it.
     """
+
+    is_solved: ClassVar[bool] = False
+    """Whether log-likelihoods are solutions of equations, approximate and perhaps estimated."""
 
     def __init__(
         self,
@@ -177,8 +181,16 @@ class MultiscaleFlow(nn.Module):
         features: Tensor = self.class_features(labels)
         return features[:, :, None, None]
 
+    @contextmanager
+    def solving_tightly(self) -> Iterator[None]:
+        """Within it, a model that solves equations does so as exactly as it can."""
+        yield
+
+    def reset_figures(self) -> None:
+        """Begin to count what `figures` tells."""
+
     def figures(self) -> dict[str, float]:
-        """What the run's metrics tell of the last update besides; nothing of most models."""
+        """What metrics tell of an update besides its loss; nothing of most models."""
         return {}
 
     def take_troubles(self) -> list[str]:

@@ -18,7 +18,7 @@ class EMA:
     """
 
     def __init__(self, model: MultiscaleFlow, images: int) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.images = images
 
     @torch.no_grad()

@@ -78,6 +78,7 @@ class Reports:
                 "gradient_norm": float(gradient_norm),
                 "learning_rate": learning_rate,
                 "masked_updates": int(masked),
+                **self.state.model.figures(),
             },
             {"images_per_second": round(speed, 3)},
         )
@@ -110,6 +111,7 @@ class Reports:
             batch=settings.batch,
             images=images,
             importance_samples=settings.importance_samples,
+            probes=settings.probes,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
             stopping=self.stopping,

@@ -28,6 +28,7 @@ FREE_KEYS = (
     "train.images",
     "train.micro_batch",
     "train.masked_limit",
+    "train.stiff_limit",
     "log",
     "evaluate",
     "samples",

@@ -34,6 +34,8 @@ class TrainingState:
         """Since the last line of metrics: bits/dim, images, masked updates."""
         self.masked_in_a_row = 0
         """Updates in a row, up to the last, that were not finite."""
+        self.stiff_in_a_row = 0
+        """Updates in a row, up to the last, in which solves passed their limits."""
         self.due: list[str] = []
         """What is still to be looked at after so many images, if a stop came before."""
         self.lost_shards: list[str] = []
@@ -47,6 +49,7 @@ class TrainingState:
         load_optimizer_tensors(self.optimizer, self.model, tensors["optimizer"])
         self.images = checkpoint.state["images"]
         self.masked_in_a_row = checkpoint.state.get("masked_in_a_row", 0)
+        self.stiff_in_a_row = checkpoint.state.get("stiff_in_a_row", 0)
         self.due = checkpoint.state.get("due", [])
         self.lost_shards = checkpoint.state.get("lost_shards", [])
         self.window.copy_(torch.tensor(checkpoint.state["window"], dtype=torch.float64))
@@ -65,6 +68,7 @@ class TrainingState:
             "images": self.images,
             "window": self.window.tolist(),
             "masked_in_a_row": self.masked_in_a_row,
+            "stiff_in_a_row": self.stiff_in_a_row,
             "due": list(self.due),
             "lost_shards": list(self.lost_shards),
         }

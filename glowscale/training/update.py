@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from glowscale.bijections.solvers import StiffError
 from glowscale.config.schema import Train
 from glowscale.data import Batch, DataError, Failure, Slice
 from glowscale.distributed import LateWord, sum_over_ranks
@@ -34,11 +35,11 @@ class Updater:
     """Updates a training state by global batches.
 
     Each step reduces one word over the processes, [bits, valid images, new failures of data,
-    asked to stop], and the host reads what follows from it a step later, without waiting. An
-    update whose loss or gradient is not finite is masked: on all processes together, on the
-    device, so that neither weights nor the optimizer's state see it. Then the images and the
-    layer are named, and so many in a row end the run; so do more unreadable shards than are
-    tolerated, on every process.
+    stiff solves, asked to stop], and the host reads what follows from it a step later, without
+    waiting. An update whose loss or gradient is not finite is masked: on all processes together,
+    on the device, so that neither weights nor the optimizer's state see it. Then the images and
+    the layer are named, and so many in a row end the run; so do more unreadable shards than are
+    tolerated, and solves that pass their limits, on every process.
 
     Args:
         settings: the config's section `train`.
@@ -74,6 +75,7 @@ class Updater:
         """Whether some process was asked to stop; known on all of them at the same step."""
         self._word = LateWord()
         self._last: Slice | None = None
+        self._last_troubles: list[str] = []
 
     def __call__(self, part: Slice) -> Tensor:
         """One step on this process's part of a global batch; return the gradient's norm.
@@ -89,11 +91,18 @@ class Updater:
         settings, state = self.settings, self.state
         part = self._without_unlabelled(part)
         weight = self.accelerator.num_processes / settings.batch
+        self.state.model.reset_figures()
         bits = self._backward(part.batch, weight)
         self.settle()  # before the weights change, so that the last batch can be looked at again
-        counts = (len(part.batch.ids), len(part.failures), int(self.stopping()))
+        found = self.state.model.take_troubles()
+        counts = (
+            len(part.batch.ids),
+            len(part.failures),
+            len(found),
+            int(self.stopping()),
+        )
         local = torch.stack([bits, *(torch.full_like(bits, n) for n in counts)])
-        total, valid, failures, stops = sum_over_ranks(local)
+        total, valid, failures, troubles, stops = sum_over_ranks(local)
         state.images += settings.batch
         gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
         if self.lost_limit:  # the sum was divided by the whole batch
@@ -105,8 +114,8 @@ class Updater:
         none, one = torch.zeros_like(total), torch.ones_like(total)
         taken, left = torch.stack([total, valid, none]), torch.stack([none, none, one])
         state.window += taken.where(~masked, left)
-        self._word.put(torch.stack([masked.to(total), failures, stops]))
-        self._last = part
+        self._word.put(torch.stack([masked.to(total), failures, troubles, stops]))
+        self._last, self._last_troubles = part, found
         return norm
 
     def settle(self) -> None:
@@ -114,7 +123,7 @@ class Updater:
         word = self._word.take()
         if word is None or self._last is None:
             return
-        masked, failures, stops = word
+        masked, failures, troubles, stops = word
         self.stop_agreed = self.stop_agreed or bool(stops)
         if failures:
             self._count_lost(self._last.failures)
@@ -122,6 +131,10 @@ class Updater:
             self._count_masked(self._last.batch)
         else:
             self.state.masked_in_a_row = 0
+        if troubles:
+            self._count_stiff()
+        else:
+            self.state.stiff_in_a_row = 0
 
     def _without_unlabelled(self, part: Slice) -> Slice:
         """Images without the label that the model needs are as good as unreadable."""
@@ -160,6 +173,21 @@ class Updater:
                 )
             if self.accelerator.is_main_process:
                 say(f"WARNING: {failure.sentence} Lost shards: {count}, of {self.lost_limit}.")
+
+    def _count_stiff(self) -> None:
+        """Say which solves passed their limits; end the run where it happens again and again."""
+        self.state.stiff_in_a_row += 1
+        found: list[str] = gather_object(self._last_troubles)
+        if self.state.stiff_in_a_row >= self.settings.stiff_limit:
+            raise StiffError(
+                f"In {self.state.stiff_in_a_row} updates in a row (train.stiff_limit), the last "
+                f"at image {self.state.images:,}, solves passed their limits: {found[0]}"
+            )
+        if self.accelerator.is_main_process:
+            say(
+                f"WARNING: at image {self.state.images:,} {len(found)} solves were done again on "
+                f"a grid: {found[0]}"
+            )
 
     def _count_masked(self, batch: Batch) -> None:
         """Say what was not finite; end the run where it happens again and again."""
