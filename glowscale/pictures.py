@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from glowscale.data.images import encode_png
@@ -43,6 +42,8 @@ def _arrange(images: Tensor, columns: int, gap: int) -> Tensor:
 
 def save_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw bits/dim in training and on held-out images over the images seen."""
+    from matplotlib.figure import Figure  # slow to import, and only one process draws
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     series = {

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from glowscale.errors import UserError
 
@@ -59,6 +58,8 @@ class Solver:
         Raises:
             StiffError: where the evaluations or the steps pass their limits.
         """
+        from torchdiffeq import odeint  # with all of scipy behind it, which most jobs never need
+
         times = torch.tensor([start, end], dtype=torch.float64, device=state.device)
         times = times.to(torch.promote_types(state.dtype, torch.float32))
         if self.is_adaptive:

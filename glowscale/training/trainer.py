@@ -29,7 +29,6 @@ from glowscale.evaluation import Evaluation, check_fits, refuse_unlabelled
 from glowscale.files import join
 from glowscale.jobs import say
 from glowscale.models import MultiscaleFlow, build_model
-from glowscale.pretrained import load
 from glowscale.randomness import derived_seed
 from glowscale.stopping import Stopped, StopRequest
 from glowscale.training.lock import RunLock, refuse_unshared
@@ -266,6 +265,8 @@ class Trainer:
 
     def _load_weights(self, model: MultiscaleFlow, name: str) -> None:
         """Take over the weights of a run or a published model of the same architecture."""
+        from glowscale.pretrained import load  # with all of the hub behind it
+
         with failing_together():
             source = load(name)
             source.refuse_other_architecture(
