@@ -5,6 +5,10 @@ beside the plain webdataset pipeline and beside a bare loop that reads and decod
 
 python pipelines/benchmark.py checkpoint: what a save costs the training, the mean time of so many
 steps with one save in them beside the mean of as many without.
+
+python pipelines/benchmark.py ffjord: a step of a continuous flow, at the original code's reference
+setting (28×28 images, three levels, two flows in a row, hidden 64-64-64, dopri5 at 1e-5, batch 32)
+and by the recipe of configs/fashion_mnist_ffjord.yaml.
 """
 
 import argparse
@@ -17,6 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset
+import yaml
+from accelerate.state import AcceleratorState
 
 from glowscale.config import parse_config
 from glowscale.data import ShardSet, Slice, training_stream
@@ -27,6 +33,7 @@ from glowscale.distributed import start_accelerator
 from glowscale.jobs import job, positive, report, run, say
 from glowscale.training import Trainer
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 BATCH = 64
 LANES = 8
 
@@ -116,6 +123,78 @@ def wide_trainer(arguments: argparse.Namespace, folder: Path) -> Trainer:
         },
     }
     return Trainer(parse_config(config), start_accelerator())
+
+
+REFERENCE = {
+    "family": "ffjord",
+    "levels": 3,
+    "depth": 2,
+    "hidden_channels": [64, 64, 64],
+    "time": "concat",
+    "solver": {"method": "dopri5", "tolerance": 1e-5},
+    "gradient": "adjoint",
+}
+
+
+def measure_ffjord(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """The benchmark of the continuous flow, one step of each kind in turn."""
+    recipe = yaml.safe_load((CONFIGS / "fashion_mnist_ffjord.yaml").read_text())["model"]
+    shards = packed_clothes(folder / "data", 64)
+    pack_held_out(shards)
+    steps = {}
+    for name, model in (("reference", REFERENCE), ("recipe", recipe)):
+        config = {
+            "run": {"dir": str(folder / name)},
+            "data": {"dir": str(folder / "data"), "lanes": 1},
+            "model": model,
+            "train": {"images": 10**9, "batch": 32, "init_images": 16, "clip": 10.0},
+        }
+        AcceleratorState._reset_state(reset_partial_state=True)
+        trainer = Trainer(parse_config(config), start_accelerator())
+        if name == "reference":
+            start_as_the_original(trainer)
+        steps[name] = Steps(trainer, 32)
+        steps[name].mean_seconds(1, save=False)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(arguments.repeats):
+        for name in steps:
+            seconds[name].append(steps[name].mean_seconds(1, save=False))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    told = steps["reference"].trainer.state.model.figures()
+    forward, backward = told["forward_evaluations"], told["backward_evaluations"]
+    figures = {
+        "step_seconds": round(medians["reference"], 3),
+        "nfe": forward + backward,
+        "nfe_forward": forward,
+        "nfe_backward": backward,
+        "seconds_per_evaluation": round(medians["reference"] / (forward + backward), 5),
+        "images_per_second": round(32 / medians["reference"], 3),
+        "recipe_images_per_second": round(32 / medians["recipe"], 3),
+    }
+    say(
+        f"reference: {figures['step_seconds']:.2f} s a step, {forward:.0f} + {backward:.0f} "
+        f"evaluations, {1000 * figures['seconds_per_evaluation']:.1f} ms each, "
+        f"{figures['images_per_second']:.2f} images/s\n"
+        f"recipe: {figures['recipe_images_per_second']:.2f} images/s"
+    )
+    return figures
+
+
+def start_as_the_original(trainer: Trainer) -> None:
+    """Give the velocities' last layers the size that PyTorch's own initialization has."""
+    for name, parameter in trainer.state.model.named_parameters():
+        if "velocity" in name and parameter.shape[:1] != (64,) and parameter.dim() == 4:
+            torch.nn.init.kaiming_uniform_(parameter, a=5**0.5)
+
+
+def pack_held_out(train: Path) -> None:
+    """A held-out split, which a trainer wants, of the training's own images."""
+    shards = ShardSet(train)
+    images = shards.read_batch(0, 8).images.numpy()
+    split = Split(
+        "test", "soft shapes", (1, 28, 28), 256, (), 8, lambda i: Sample(str(i), images[i], None)
+    )
+    pack_split(split, train.parent / "test", 64)
 
 
 class Steps:
@@ -278,7 +357,10 @@ def parse_arguments() -> argparse.Namespace:
     saving.add_argument("--width", type=positive, default=512, help="of its networks")
     saving.add_argument("--repeats", type=positive, default=3, help="measurements of each")
     saving.set_defaults(measure=measure_saves)
-    for kind in (data, saving):
+    flow = kinds.add_parser("ffjord", help="a step of a continuous flow")
+    flow.add_argument("--repeats", type=positive, default=3, help="measurements of each")
+    flow.set_defaults(measure=measure_ffjord)
+    for kind in (data, saving, flow):
         kind.add_argument("--json", action="store_true", help="end with a JSON object on stdout")
     return parser.parse_args()
 

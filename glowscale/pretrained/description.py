@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from glowscale.config import Config
+from glowscale.config.load import sections_of
 from glowscale.config.schema import Count, Section
 from glowscale.errors import UserError
 from glowscale.models import FAMILIES
@@ -73,10 +74,12 @@ class Description(Section):
 
     def model_section(self) -> dict[str, Any]:
         """The `model` section of a config, validated; raises pydantic's ValidationError."""
-        sections: Any = Config.model_fields["model"].annotation
+        families = {
+            get_args(section.model_fields["family"].annotation)[0]: section
+            for section in sections_of(Config.model_fields["model"].annotation)
+        }
         content = {**self.arguments, "family": self.family}
-        section: Section = TypeAdapter(sections).validate_python(content)
-        return section.model_dump()
+        return families[self.family].model_validate(content).model_dump()
 
     def to_json(self) -> bytes:
         """As the content of `config.json`."""
