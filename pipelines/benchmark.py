@@ -119,7 +119,7 @@ def wide_trainer(arguments: argparse.Namespace, folder: Path) -> Trainer:
             "images": 10**9,
             "batch": arguments.batch,
             "init_images": 16,
-            "optimizer": {"kind": "adamax"},
+            "optimizer": {"kind": "adamax", "lr": 1e-7},  # noise teaches nothing
         },
     }
     return Trainer(parse_config(config), start_accelerator())
