@@ -54,6 +54,16 @@ def test_older_checkpoints_are_pruned_after_the_new_one_stands(tmp_path: Path) -
     assert left == [only.name]
 
 
+def test_of_every_so_many_images_the_first_checkpoint_stays(tmp_path: Path) -> None:
+    for images in range(5, 100, 10):
+        state = {"images": images}
+        save_checkpoint(tmp_path, images, tensors(images), state, keep=2, keep_every=30)
+    left = sorted(int(path.name[-12:]) for path in tmp_path.iterdir() if path.is_dir())
+    assert left == [5, 35, 65, 85, 95]
+    for path in tmp_path.glob("images-*"):
+        assert read_checkpoint(path).state["images"] == int(path.name[-12:])
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "pickle"])
 def test_damage_is_named_and_an_unattended_resume_falls_back(
