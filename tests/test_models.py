@@ -145,7 +145,10 @@ def wide_dequantizer() -> VariationalDequantizer:
     return dequantizer
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("dequantizer", ["uniform", "variational"])
 def test_probabilities_of_all_images_sum_to_one(dequantizer: str, seed: int) -> None:
     model = trained(dequantizer, "logit")
@@ -169,7 +172,7 @@ def mass_on_the_cube(model: MultiscaleFlow) -> float:
     return total
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("dequantizer", ["uniform", "variational"])
 def test_probabilities_under_affine_preprocessing_sum_to_the_mass_on_the_cube(
     dequantizer: str, seed: int
