@@ -234,7 +234,7 @@ def _read_manifest(path: Path) -> dict[str, str]:
     except CheckpointError as error:  # then it cannot vouch for any; the manifests still do
         print(f"WARNING: {error}", file=sys.stderr)
         digests = {}
-    if sha256_of(manifest) != digests.get(path.name, sha256_of(manifest)):
+    if path.name in digests and sha256_of(manifest) != digests[path.name]:
         raise CheckpointError(f"{manifest} is damaged: its hash is not the pointer's.")
     try:
         content = json.loads(manifest.read_bytes())
