@@ -1,7 +1,6 @@
 """The continuous flow against closed forms, and how it behaves where solving is hard."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,8 +8,6 @@ from torch import Tensor, nn
 
 from glowscale.bijections.continuous import ContinuousFlow, probing
 from glowscale.bijections.solvers import ADAPTIVE, FIXED, Solver, StiffError
-from glowscale.evaluation import evaluate
-from glowscale.models import Ffjord
 from glowscale.networks.velocity import VelocityNetwork
 from tests.conftest import perturb
 
@@ -215,72 +212,3 @@ def test_networks_run_low_and_integrals_in_float32() -> None:
         (z.sum() + log_det.sum()).backward()
         assert (z.dtype, log_det.dtype) == (torch.float32, torch.float32)
         assert seen == {torch.bfloat16}
-
-
-def tiny_ffjord(**arguments: object) -> Ffjord:
-    options = {
-        "levels": 2,
-        "depth": 1,
-        "hidden_channels": [8],
-        "solver": {"method": "rk4", "steps": 2},
-        **arguments,
-    }
-    model = Ffjord((1, 8, 8), 16, **options)  # type: ignore[arg-type]
-    perturb(model, 0.2)
-    return model
-
-
-def test_the_model_brings_images_back_and_tells_what_it_took() -> None:
-    model = tiny_ffjord(evaluation_solver={"tolerance": 1e-6}, kinetic=0.1, frobenius=0.01).eval()
-    images = torch.rand(3, 1, 8, 8) * 16
-    latents, _ = model.encode(images)
-    torch.testing.assert_close(model.decode(latents), images, rtol=0, atol=1e-2)
-    model.train()
-    model.reset_figures()
-    noise = model.draw_noise([(0, i) for i in range(3)])
-    assert noise.shape == (3, 2, 8, 8)
-    assert set(noise[:, 1].unique().tolist()) == {-1.0, 1.0}
-    output = model(images.to(torch.uint8), noise=noise)
-    assert set(output.penalties) == {"kinetic", "frobenius"}
-    figures = model.figures()
-    assert figures["forward_evaluations"] == 3 * 2 * 4
-    assert figures["kinetic"] > 0
-    torch.testing.assert_close(
-        output.penalties["kinetic"].mean(), torch.tensor(0.1 * figures["kinetic"])
-    )
-
-
-def test_estimates_are_a_function_of_their_key(data_dir: object) -> None:
-    model = tiny_ffjord()
-    images = torch.randint(0, 16, (4, 1, 8, 8), dtype=torch.uint8)
-    keys = [(0, i) for i in range(4)]
-    whole = model(images, noise=model.draw_noise(keys)).log_prob
-    one = model(images[2:3], noise=model.draw_noise(keys[2:3])).log_prob
-    torch.testing.assert_close(whole[2:3], one, rtol=1e-5, atol=1e-3)
-    other = model(images, noise=model.draw_noise(keys, probe=1)).log_prob
-    assert (whole - other).abs().min() > 0
-
-
-Evaluator = Callable[..., object]
-
-
-def test_an_evaluation_averages_probes_and_tells_their_error(data_dir: object) -> None:
-    from pathlib import Path
-
-    from glowscale.data import ShardSet
-
-    shards = ShardSet(Path(str(data_dir)) / "test")
-    model = tiny_ffjord().eval()
-    one = evaluate(model, shards, seed=0)
-    many = evaluate(model, shards, seed=0, probes=16)
-    assert one.trace_standard_error is None
-    assert many.trace_standard_error is not None
-    assert 0 < many.trace_standard_error < 0.1
-    spread = 4 * math.sqrt(17) * many.trace_standard_error
-    assert abs(one.bits_per_dim - many.bits_per_dim) < spread
-    assert many.solver_gap is not None
-    assert abs(many.solver_gap) < 0.05
-    assert "16 probes ±" in str(many)
-    # Independent of the block, on a grid.
-    blocks = evaluate(model, shards, seed=0, batch=7)
-    assert blocks.bits_per_dim == pytest.approx(one.bits_per_dim, abs=1e-5)

@@ -74,7 +74,7 @@ def test_wrong_key(config: Path, call_job: Caller) -> None:
 def test_wrong_size(config: Path, call_job: Caller) -> None:
     assert_sentence(
         call_job("train.py", config, "model.levels=4"),
-        r"The model does not fit .*: Images of 8×8 cannot be halved 4 times: so many levels need "
+        r"The model does not fit .*: Images of 8×8 cannot be halved 4 times: 4 levels need "
         r"sides divisible by 16\.",
         "cannot be halved",
     )

@@ -89,9 +89,7 @@ def test_a_uniform_model_scores_exactly_the_bits_of_its_levels(grey_levels: int)
             normaliser = 0.5 * math.log(2 * math.pi) * self.dimensions
             return [torch.zeros_like(x)], log_det + normaliser
 
-    model = UniformPrior(
-        (3, 4, 4), grey_levels, UniformDequantizer(), AffinePixels(grey_levels), [Sequential([])]
-    ).double()
+    model = UniformPrior((3, 4, 4), grey_levels, [Sequential([])]).double()
     images = torch.randint(0, grey_levels, (5, 3, 4, 4))
     bits = bits_per_dim(model(images).log_prob, model.dimensions)
     torch.testing.assert_close(bits, torch.full_like(bits, math.log2(grey_levels)))

@@ -4,7 +4,7 @@ With dx/dt = f(t, x) from data at t = 0 to latent at t = 1, log|det dz/dx| = ∫
 Source: FFJORD (Grathwohl et al. 2019), equations 2 to 4.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -294,7 +294,10 @@ class _Adjoint(torch.autograd.Function):
         gradient = gradients[0]
         size = ends.shape[1] - 3
         constant = gradient[:, size:]
-        wanted: Sequence[Tensor] = parameters if context is None else [context, *parameters]
+        needed = (ctx.needs_input_grad[4], *ctx.needs_input_grad[6:])
+        wanted = [
+            x for x, is_needed in zip((context, *parameters), needed, strict=True) if is_needed
+        ]
         batch = len(ends)
 
         def field(t: Tensor, flat: Tensor) -> Tensor:
@@ -321,10 +324,10 @@ class _Adjoint(torch.autograd.Function):
             flat = flow._solve(field, state, 1.0, 0.0, norm, ctx.solver)
         sizes = [batch * size, batch * size, *(w.numel() for w in wanted)]
         _, of_state, *of_wanted = torch.split(flat, sizes)
-        results = [g.view_as(w) for g, w in zip(of_wanted, wanted, strict=True)]
-        of_context = None if context is None else results.pop(0)
+        found = (g.view_as(w) for g, w in zip(of_wanted, wanted, strict=True))
+        of_context, *of_parameters = (next(found) if is_needed else None for is_needed in needed)
         of_state = torch.cat([of_state.view(batch, size), constant], 1)
-        return None, None, None, None, of_context, of_state, *results
+        return None, None, None, None, of_context, of_state, *of_parameters
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -245,6 +245,12 @@ class Ffjord(Section):
     hidden_channels: tuple[Count, ...] = Field(
         (64, 64, 64), strict=False, min_length=1, description="widths of a velocity's layers"
     )
+    unsqueezed_depth: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="flows before a squeeze, on the larger image; depth if not given"
+    )
+    matrix: Literal["lu", "plain"] | None = Field(
+        None, description="of a 1x1 convolution with ActNorm before every flow; none if null"
+    )
     time: Literal["concat", "scale_shift"] = Field(
         "scale_shift", description="how a velocity is told the time"
     )

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glowscale.bijections import AffinePixels, Bijection, Sequential, Squeeze
+from glowscale.bijections import Bijection, FlowStep, Sequential, Squeeze
 from glowscale.bijections.continuous import ContinuousFlow, Gradient, Trace, probing
 from glowscale.bijections.solvers import Solver
-from glowscale.dequantization import Dequantizer, UniformDequantizer
-from glowscale.models.multiscale import FlowOutput, MultiscaleFlow
+from glowscale.dequantization import Dequantizer
+from glowscale.models.multiscale import FlowOutput, MultiscaleFlow, refuse_odd_sides
 from glowscale.networks.velocity import TimeConditioning, VelocityNetwork
 from glowscale.randomness import Key, normal_noise, sign_noise
 
@@ -34,6 +34,10 @@ class Ffjord(MultiscaleFlow):
         levels: number of scales.
         depth: flows in a row.
         hidden_channels: widths of the velocities' hidden layers.
+        unsqueezed_depth: flows before a level's squeeze, `depth` if not given; 0 leaves out those
+            that work on the larger image, most of the time of a step.
+        matrix: parametrization, `lu` or `plain`, of an invertible 1×1 convolution with ActNorm
+            before every flow, so that the dynamics need not learn what is linear; none if None.
         time: how the velocities are told the time, see `VelocityNetwork`.
         solver: in training; arguments of `Solver`.
         evaluation_solver: otherwise; arguments of `Solver`, the training's if not given.
@@ -67,6 +71,8 @@ class Ffjord(MultiscaleFlow):
         levels: int,
         depth: int,
         hidden_channels: Sequence[int],
+        unsqueezed_depth: int | None = None,
+        matrix: str | None = None,
         time: TimeConditioning = "concat",
         solver: dict[str, Any] | None = None,
         evaluation_solver: dict[str, Any] | None = None,
@@ -81,46 +87,46 @@ class Ffjord(MultiscaleFlow):
         dequantizer: Dequantizer | None = None,
         preprocessing: Bijection | None = None,
     ) -> None:
-        channels, height, width = image_shape
-        if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
-            raise ValueError(
-                f"Images of {height}×{width} cannot be halved {levels - 1} times: {levels} levels "
-                f"need sides divisible by {2 ** (levels - 1)}."
-            )
+        refuse_odd_sides(image_shape, levels, squeezes=levels - 1)
         indices = count()
         solvers = [
             Solver(**arguments) if arguments else None
             for arguments in (solver or {"method": "dopri5"}, evaluation_solver)
         ]
 
-        def make_flows(channels: int) -> list[Bijection]:
-            features = class_channels if classes else 0
-            return [
-                ContinuousFlow(
-                    VelocityNetwork(channels, hidden_channels, time, features),
-                    solvers[0] or Solver(),
-                    solvers[1],
-                    gradient,
-                    trace,
-                    next(indices),
-                    Solver("rk4", steps=fallback_steps),
-                )
-                for _ in range(depth)
-            ]
+        def make_flow(channels: int) -> Bijection:
+            flow = ContinuousFlow(
+                VelocityNetwork(channels, hidden_channels, time, class_channels if classes else 0),
+                solvers[0] or Solver(),
+                solvers[1],
+                gradient,
+                trace,
+                next(indices),
+                Solver("rk4", steps=fallback_steps),
+            )
+            return FlowStep(channels, flow, matrix) if matrix else flow
+
+        def make_flows(channels: int, number: int) -> list[Bijection]:
+            return [make_flow(channels) for _ in range(number)]
 
         def make_level(channels: int, last: bool) -> Bijection:
-            flows = make_flows(channels)
-            return Sequential(flows if last else [*flows, Squeeze(), *make_flows(4 * channels)])
+            if last:
+                return Sequential(make_flows(channels, depth))
+            before = make_flows(channels, depth if unsqueezed_depth is None else unsqueezed_depth)
+            return Sequential([*before, Squeeze(), *make_flows(4 * channels, depth)])
 
         super().__init__(
             image_shape,
             grey_levels,
-            dequantizer or UniformDequantizer(),
-            preprocessing or AffinePixels(grey_levels),
             # A squeeze makes four channels of one and a split keeps half of them.
-            [make_level(channels * 2**level, level == levels - 1) for level in range(levels)],
-            classes if class_channels else 0,
-            class_channels,
+            [
+                make_level(image_shape[0] * 2**level, level == levels - 1)
+                for level in range(levels)
+            ],
+            dequantizer=dequantizer,
+            preprocessing=preprocessing,
+            classes=classes,
+            class_channels=class_channels,
         )
         self.draw_probes = PROBES[probe]
         self.weights = {"kinetic": kinetic, "frobenius": frobenius}

@@ -5,15 +5,14 @@ from torch import nn
 from glowscale.bijections import (
     AdditiveCoupling,
     AffineCoupling,
-    AffinePixels,
     Bijection,
     Coupling,
     FlowStep,
     Sequential,
     Squeeze,
 )
-from glowscale.dequantization import Dequantizer, UniformDequantizer
-from glowscale.models.multiscale import MultiscaleFlow
+from glowscale.dequantization import Dequantizer
+from glowscale.models.multiscale import MultiscaleFlow, refuse_odd_sides
 from glowscale.networks import ConvolutionalNetwork
 
 COUPLINGS: dict[str, type[Coupling]] = {"affine": AffineCoupling, "additive": AdditiveCoupling}
@@ -61,12 +60,7 @@ class Glow(MultiscaleFlow):
         dequantizer: Dequantizer | None = None,
         preprocessing: Bijection | None = None,
     ) -> None:
-        channels, height, width = image_shape
-        if height % 2**levels or width % 2**levels:
-            raise ValueError(
-                f"Images of {height}×{width} cannot be halved {levels} times: so many levels need "
-                f"sides divisible by {2**levels}."
-            )
+        refuse_odd_sides(image_shape, levels, squeezes=levels)
 
         def make_step(channels: int) -> FlowStep:
             widths = (channels, hidden_channels, class_channels if classes else 0)
@@ -78,12 +72,12 @@ class Glow(MultiscaleFlow):
         super().__init__(
             image_shape,
             grey_levels,
-            dequantizer or UniformDequantizer(),
-            preprocessing or AffinePixels(grey_levels),
             # A squeeze makes four channels of one and a split keeps half of them.
-            [make_level(4 * channels * 2**level) for level in range(levels)],
-            classes if class_channels else 0,
-            class_channels,
+            [make_level(4 * image_shape[0] * 2**level) for level in range(levels)],
+            dequantizer=dequantizer,
+            preprocessing=preprocessing,
+            classes=classes,
+            class_channels=class_channels,
         )
 
 

@@ -7,8 +7,8 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from glowscale.bijections import Bijection, Shape
-from glowscale.dequantization import Dequantizer
+from glowscale.bijections import AffinePixels, Bijection, Shape
+from glowscale.dequantization import Dequantizer, UniformDequantizer
 from glowscale.distributions import ConditionalGaussian, Gaussian, standard_normal_log_prob
 from glowscale.networks import zero_conv
 from glowscale.randomness import NOISES, Key, normal_noise
@@ -51,6 +51,16 @@ class Split(nn.Module):
         return (self.kept, height, width), (channels - self.kept, height, width)
 
 
+def refuse_odd_sides(image_shape: tuple[int, int, int], levels: int, squeezes: int) -> None:
+    """Raise ValueError where the sides of images (C, H, W) cannot be halved at every squeeze."""
+    _, height, width = image_shape
+    if height % 2**squeezes or width % 2**squeezes:
+        raise ValueError(
+            f"Images of {height}×{width} cannot be halved {squeezes} times: {levels} levels need "
+            f"sides divisible by {2**squeezes}."
+        )
+
+
 class MultiscaleFlow(nn.Module):
     """An image model: dequantizer, preprocessing, and a bijection with a split at each level.
 
@@ -61,11 +71,12 @@ class MultiscaleFlow(nn.Module):
     Args:
         image_shape: (C, H, W).
         grey_levels: number of values that a pixel takes, 2 to 256.
-        dequantizer: makes images continuous.
-        preprocessing: from grey levels to the flow's scale.
         levels: the bijection of each level; its context is the class's features (B, F, 1, 1).
-        classes: number of classes that the model is conditional on; 0 if it is not.
-        class_channels: F, the features of a class, which levels and the top prior read.
+        dequantizer: makes images continuous; uniform if not given.
+        preprocessing: from grey levels to the flow's scale; affine if not given.
+        classes: number of classes of the images.
+        class_channels: F, the features of a class, which levels and the top prior read; 0 makes
+            the model unconditional.
 
     Raises:
         ValueError: where a level does not fit the shape that reaches it.
@@ -78,9 +89,10 @@ class MultiscaleFlow(nn.Module):
         self,
         image_shape: tuple[int, int, int],
         grey_levels: int,
-        dequantizer: Dequantizer,
-        preprocessing: Bijection,
         levels: Iterable[Bijection],
+        *,
+        dequantizer: Dequantizer | None = None,
+        preprocessing: Bijection | None = None,
         classes: int = 0,
         class_channels: int = 0,
     ) -> None:
@@ -89,8 +101,8 @@ class MultiscaleFlow(nn.Module):
             raise ValueError(f"grey_levels is {grey_levels}; it must be from 2 to 256.")
         self.image_shape = image_shape
         self.grey_levels = grey_levels
-        self.dequantizer = dequantizer
-        self.preprocessing = preprocessing
+        self.dequantizer = dequantizer or UniformDequantizer()
+        self.preprocessing = preprocessing or AffinePixels(grey_levels)
         self.levels = cast("Sequence[Bijection]", nn.ModuleList(levels))
         self.splits = cast("list[Split]", nn.ModuleList())
         self.latent_shapes: list[Shape] = []
@@ -103,10 +115,10 @@ class MultiscaleFlow(nn.Module):
                 self.splits.append(split)
                 self.latent_shapes.append(latent_shape)
         self.latent_shapes.append(shape)
-        self.classes = classes
+        self.classes = classes if class_channels else 0
         self.class_features: nn.Embedding | None = None
         self.prior: Bijection = Gaussian(shape[0])
-        if classes:
+        if self.classes:
             self.class_features = nn.Embedding(classes, class_channels)
             self.prior = ConditionalGaussian(zero_conv(class_channels, 2 * shape[0], 1))
 
