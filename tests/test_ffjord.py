@@ -36,7 +36,9 @@ def tiny_ffjord(**arguments: object) -> Ffjord:
 
 
 def test_the_model_brings_images_back_and_tells_what_it_took() -> None:
-    model = tiny_ffjord(evaluation_solver={"tolerance": 1e-6}, kinetic=0.1, frobenius=0.01).eval()
+    model = tiny_ffjord(
+        gradient="direct", evaluation_solver={"tolerance": 1e-6}, kinetic=0.1, frobenius=0.01
+    ).eval()
     images = torch.rand(3, 1, 8, 8) * 16
     latents, _ = model.encode(images)
     torch.testing.assert_close(model.decode(latents), images, rtol=0, atol=1e-2)
@@ -49,6 +51,10 @@ def test_the_model_brings_images_back_and_tells_what_it_took() -> None:
     assert set(output.penalties) == {"kinetic", "frobenius"}
     figures = model.figures()
     assert figures["forward_evaluations"] == 3 * 2 * 4
+    output.log_prob.sum().backward()
+    assert model.figures()["backward_evaluations"] == (
+        0 if model.flows[0].gradient == "adjoint" else 3 * 2 * 4
+    )
     assert figures["kinetic"] > 0
     torch.testing.assert_close(
         output.penalties["kinetic"].mean(), torch.tensor(0.1 * figures["kinetic"])

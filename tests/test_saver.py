@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 
-from glowscale.checkpoint import CheckpointError
+from glowscale.checkpoint import TENSORS, CheckpointError, save_checkpoint
 from glowscale.training.saver import Saver
 
 
@@ -71,3 +72,25 @@ def test_a_save_that_failed_is_told_at_the_next_chance(
     with pytest.raises(KeyError, match="the first"):
         fail()
     assert f"WARNING: {tmp_path} cannot be written." in capsys.readouterr().err
+
+
+def test_a_save_leaves_no_pool_of_threads_behind(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        layered = torch.randn(64, 64, 32, 32).to(memory_format=torch.channels_last)
+        tensors = {part: {"w": layered} for part in TENSORS}
+        layered.contiguous()  # this thread's pool
+        threads = {thread.id for thread in psutil.Process().threads()}
+
+        def write(parts: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
+            save_checkpoint(tmp_path, state["images"], parts, state, keep=2)
+
+        with Saver(write) as saver:
+            for images in range(2):
+                saver.start(tensors, {"images": images})
+                saver.wait()
+            added = {thread.id for thread in psutil.Process().threads()} - threads
+            assert len(added) == 1  # the writer alone
+    finally:
+        torch.set_num_threads(before)

@@ -182,11 +182,12 @@ class ContinuousFlow(Bijection):
             nonlocal passes
             passes += 1
             before = self.evaluations
-            ends = self._integrate(*arguments)
-            if passes > 1:
-                self.backward_evaluations += self.evaluations - before
-                self.evaluations = before
-            return ends
+            try:
+                return self._integrate(*arguments)
+            finally:  # the second pass is left by an exception as soon as it has done enough
+                if passes > 1:
+                    self.backward_evaluations += self.evaluations - before
+                    self.evaluations = before
 
         return checkpoint(integrate, *arguments, use_reentrant=False, preserve_rng_state=False)
 

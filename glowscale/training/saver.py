@@ -98,7 +98,12 @@ def _give_way() -> None:
 
 
 def _room(tensor: Tensor, before: Tensor | None) -> Tensor:
-    """Host memory for a copy in the tensor's own layout, that of the last copy where it fits."""
+    """Host memory for a copy in the layout of files, that of the last copy where it fits.
+
+    So the writing thread need not lay anything out anew. It would with a pool of OpenMP threads of
+    its own, which stays: there would be more of them than cores, and then they wait for each other
+    asleep, which makes every operation of a CPU training slower, up to twice.
+    """
     if before is not None and (before.shape, before.dtype) == (tensor.shape, tensor.dtype):
         return before
-    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda, requires_grad=False)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from benchmarks.images import pack_shapes
 from benchmarks.updates import Updates
+from glowscale.config import load_config
 from glowscale.distributed import start_accelerator
 from glowscale.jobs import positive, say
 
@@ -40,13 +40,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Seconds, evaluations and images per second of a step, the two kinds in turn."""
     pack_shapes(folder / "data", (1, 28, 28))
     accelerator = start_accelerator()
-    recipe: dict[str, Any] = yaml.safe_load(RECIPE.read_text())
+    recipe = load_config(RECIPE).model.model_dump()
 
     def make(name: str, model: dict[str, Any]) -> Updates:
         train = {"batch": BATCH, "clip": 10.0}
         return Updates(model, train, folder / "data", folder / name, accelerator)
 
-    steps = {"reference": make("reference", REFERENCE), "recipe": make("recipe", recipe["model"])}
+    steps = {"reference": make("reference", REFERENCE), "recipe": make("recipe", recipe)}
     start_as_the_original(steps["reference"].trainer.state.model)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for updates in steps.values():
