@@ -1,7 +1,7 @@
 """Bits per dimension of held-out images, the same figure on any number of processes."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -126,7 +126,7 @@ def evaluate(
     model.eval()
     with failing_together(), torch.inference_mode():
         scores = torch.zeros(4, count, dtype=torch.float64, device=model.device)
-        errors = torch.zeros(3, dtype=torch.float64, device=model.device)
+        trust = torch.zeros(3, dtype=torch.float64, device=model.device)
         left = _score_blocks(
             model,
             shards,
@@ -138,11 +138,7 @@ def evaluate(
             stopping,
         )
         if rank == 0 and not left:
-            block = shards.read_batch(0, min(ROUND_TRIPS, count))
-            errors[0] = _round_trip_of(model, *_dequantized(model, block, seed))
-            samples = _prior_samples(model, seed, ROUND_TRIPS)
-            errors[1] = _round_trip_of(model, *samples, clamp=True)
-            errors[2] = _solver_gap(model, block, seed)
+            trust += _measure_trust(model, shards.read_batch(0, min(ROUND_TRIPS, count)), seed)
     model.train(was_training)
     if sum_over_ranks(torch.tensor(float(left), device=model.device)):
         raise Stopped(f"the evaluation on {count:,} images was not finished.")
@@ -151,15 +147,11 @@ def evaluate(
         missed = int((scored == 0).sum())
         raise DataError(f"Of {count} images {missed} were not scored, or some were twice.")
     bits = bits_per_dim(log_prob, model.dimensions)
-    round_trip_error, prior_round_trip_error, solver_gap = sum_over_ranks(errors).tolist()
+    round_trip_error, prior_round_trip_error, solver_gap = sum_over_ranks(trust).tolist()
     trace_error = bits_per_dim(-variance.sum().sqrt() / count, model.dimensions)
     return Evaluation(
         bits_per_dim=float(bits.mean()),
-        per_class={
-            name: float(bits[labels == label].mean())
-            for label, name in enumerate(shards.manifest.classes)
-            if bool((labels == label).any())
-        },
+        per_class=_per_class(bits, labels, shards.manifest.classes),
         standard_error=float(bits.std() / math.sqrt(count)) if count > 1 else None,
         images=count,
         importance_samples=importance_samples,
@@ -233,10 +225,30 @@ def _estimate_block(
     return total, (weights.softmax(0).square() * torch.stack(variances)).sum(0)
 
 
-def _solver_gap(model: MultiscaleFlow, block: Batch, seed: int) -> Tensor | float:
+def _per_class(bits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str, float]:
+    """The mean over the images of each class that has any."""
+    return {
+        name: float(bits[labels == label].mean())
+        for label, name in enumerate(classes)
+        if bool((labels == label).any())
+    }
+
+
+def _measure_trust(model: MultiscaleFlow, block: Batch, seed: int) -> Tensor:
+    """Round-trip errors of a block and of samples, and the solver's gap on the block: (3,)."""
+    samples = _prior_samples(model, seed, ROUND_TRIPS)
+    figures = [
+        _round_trip_of(model, *_dequantized(model, block, seed)),
+        _round_trip_of(model, *samples, clamp=True),
+        _solver_gap(model, block, seed),
+    ]
+    return torch.stack(figures)
+
+
+def _solver_gap(model: MultiscaleFlow, block: Batch, seed: int) -> Tensor:
     """Mean bits/dim of a block as it is scored, less that of a tight adaptive solve."""
     if not model.is_solved:
-        return 0.0
+        return torch.zeros((), dtype=torch.float64, device=model.device)
     log_prob = score_block(model, block, seed)
     with model.solving_tightly():
         tight = score_block(model, block, seed)

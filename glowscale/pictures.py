@@ -4,13 +4,16 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from glowscale.data.images import encode_png
 from glowscale.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 GAP_SHADE = 64
 """Dark grey, which is told from black and from white images."""
@@ -41,11 +44,25 @@ def _arrange(images: Tensor, columns: int, gap: int) -> Tensor:
 
 
 def save_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw bits/dim in training and on held-out images over the images seen."""
+    """Draw over the images seen bits/dim, and what solving took where equations are solved."""
     from matplotlib.figure import Figure  # slow to import, and only one process draws
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    solves = any("forward_evaluations" in m for m in metrics)
+    figure = Figure(figsize=(7, 6 if solves else 4), layout="constrained")
+    if solves:
+        upper, lower = figure.subplots(2, sharex=True, height_ratios=(2, 1))
+        _draw_evaluations(lower, metrics)
+    else:
+        upper = lower = figure.subplots()
+    _draw_bits(upper, metrics)
+    lower.set_xlabel("images seen")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write_atomically(path, buffer.getvalue())
+
+
+def _draw_bits(axes: "Axes", metrics: Sequence[dict[str, Any]]) -> None:
+    """Bits/dim in training and on held-out images."""
     series = {
         "training": ("train", "-", 1.2),
         "held out (averaged weights)": ("held_out", "o-", 2),
@@ -61,9 +78,18 @@ def save_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     settled = known[len(known) // 10 :]
     if settled:  # the first steps would squash the rest
         axes.set_ylim(lowest - 0.1, max(settled) + 0.1)
-    axes.set(xlabel="images seen", ylabel="bits/dim")
+    axes.set_ylabel("bits/dim")
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    write_atomically(path, buffer.getvalue())
+
+
+def _draw_evaluations(axes: "Axes", metrics: Sequence[dict[str, Any]]) -> None:
+    """How often an update evaluated the velocities."""
+    for way in ("forward", "backward"):
+        key = f"{way}_evaluations"
+        points = [(m["images"], m[key]) for m in metrics if key in m]
+        axes.plot(*zip(*points, strict=True), label=way, linewidth=1.2)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("evaluations (NFE)")
+    axes.grid(alpha=0.3)
+    axes.legend()

@@ -26,6 +26,7 @@ SHAPES: dict[str, tuple[tuple[int, int, int], int]] = {
     "celeba_hq_256_glow": ((3, 256, 256), 32),
     "my_images": ((3, 64, 64), 256),
     "digits_ffjord": ((1, 8, 8), 17),
+    "fashion_mnist_ffjord": ((1, 28, 28), 256),
     "cifar10_ffjord": ((3, 32, 32), 256),
 }
 """Image shape and grey levels of each config's data."""

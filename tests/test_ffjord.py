@@ -18,7 +18,7 @@ from glowscale.distributed import start_accelerator
 from glowscale.errors import UserError
 from glowscale.evaluation import evaluate
 from glowscale.models import Ffjord
-from glowscale.training import Trainer
+from glowscale.training import SolverGapError, Trainer
 from tests.conftest import Runner, final_tensors, perturb
 
 
@@ -189,3 +189,13 @@ def test_a_field_that_cannot_be_solved_ends_a_run_with_the_level_and_what_to_cha
         "allow a",
     ):
         assert part in str(told.value)
+
+
+def test_a_figure_that_is_the_solvers_doing_ends_a_run(ffjord_dict: dict[str, Any]) -> None:
+    ffjord_dict["model"]["evaluation_solver"] = {"method": "euler", "steps": 1}
+    ffjord_dict["evaluate"] |= {"every": 16, "solver_gap_limit": 1e-9}
+    trainer = Trainer(parse_config(ffjord_dict), start_accelerator())
+    with pytest.raises(SolverGapError, match=r"differ by [+-]\S+ from those of a tight solve"):
+        trainer.train()
+    lines = [json.loads(x) for x in (trainer.folder.path / "metrics.jsonl").open()]
+    assert abs(next(x for x in lines if x["kind"] == "held_out")["solver_gap"]) > 1e-9

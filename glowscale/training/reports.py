@@ -29,6 +29,10 @@ class RoundTripError(UserError):
     """A model whose inverse does not bring images back."""
 
 
+class SolverGapError(UserError):
+    """A continuous flow whose bits/dim are its solver's doing."""
+
+
 class Reports:
     """Writes what people look at; all processes call its methods, the main one writes.
 
@@ -92,14 +96,18 @@ class Reports:
 
         Raises:
             RoundTripError: if the model's inverse is off by more than the config allows.
+            SolverGapError: if a continuous flow's figure is.
         """
         result = self.evaluate(self.config.evaluate.images)
         if self.is_main:
             progress.write(f"{self.state.images:,} images: {result}", file=sys.stderr)
-        figures = ("bits_per_dim", "standard_error", "round_trip_error", "prior_round_trip_error")
+        figures = ["bits_per_dim", "standard_error", "round_trip_error", "prior_round_trip_error"]
+        if self.state.model.is_solved:
+            figures.append("solver_gap")
         self._record("held_out", {key: getattr(result, key) for key in figures})
         self.save_curves()
         self.refuse_round_trip(result)
+        self.refuse_solver_gap(result)
 
     def evaluate(self, images: int | None = None) -> Evaluation:
         """Bits/dim of the averaged weights on the first so many held-out images, or on all."""
@@ -129,6 +137,17 @@ class Reports:
                     f"model's inverse cannot be trusted; lower train.optimizer.lr, bound "
                     f"model.scale, or allow more (null: anything)."
                 )
+
+    def refuse_solver_gap(self, result: Evaluation) -> None:
+        """Raise SolverGapError where a tight solve gives another figure by too much."""
+        limit, gap = self.config.evaluate.solver_gap_limit, result.solver_gap
+        if gap is not None and limit is not None and not abs(gap) <= limit:
+            raise SolverGapError(
+                f"At image {self.state.images:,} the solver's bits/dim differ by {gap:+.3g} from "
+                f"those of a tight solve, more than evaluate.solver_gap_limit={limit:g}: take "
+                f"more steps in model.solver and model.evaluation_solver, raise model.frobenius, "
+                f"or allow more (null: anything)."
+            )
 
     def finish(self) -> Evaluation:
         """The figure over all held-out images, and the last pictures."""

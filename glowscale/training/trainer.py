@@ -107,6 +107,7 @@ class Trainer:
             NonFiniteError: if the loss or its gradient blows up again and again; the updates
                 that saw it are masked and never saved.
             RoundTripError: if the model's inverse is off by more than the config allows.
+            SolverGapError: if a continuous flow's evaluations are.
             Stopped: if SIGTERM or SIGUSR1 asked any process to stop; the state is saved.
         """
         if self.is_main:
