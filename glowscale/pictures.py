@@ -21,9 +21,12 @@ GRID_SIDE = 512
 """Small images are magnified until a grid is about so many pixels wide."""
 
 
-def save_grid(images: Tensor, grey_levels: int, path: Path) -> None:
-    """Save uint8 images (B, C, H, W) as a near-square PNG grid, the brightest level white."""
-    columns = math.ceil(math.sqrt(len(images)))
+def save_grid(images: Tensor, grey_levels: int, path: Path, columns: int | None = None) -> None:
+    """Save uint8 images (B, C, H, W) as a PNG grid, the brightest level white.
+
+    It is near-square unless the number of columns is given.
+    """
+    columns = columns or math.ceil(math.sqrt(len(images)))
     factor = max(1, GRID_SIDE // (columns * images.shape[-1]))
     scaled = (images[:, :3].float() * (255 / (grey_levels - 1))).round().to(torch.uint8)
     large = scaled.repeat_interleave(factor, 2).repeat_interleave(factor, 3)

@@ -1,15 +1,18 @@
 """Generating images: image i is a function of (checkpoint, seed, i, temperature) alone."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from glowscale.data.sources import Sample
-from glowscale.data.writer import encode, write_shard
+from glowscale.data.writer import Encoded, encode, write_shard
 from glowscale.errors import UserError
 from glowscale.files import claim_folder
 from glowscale.models import MultiscaleFlow
@@ -92,6 +95,7 @@ def generate(
     temperature: float,
     identity: dict[str, Any],
     label: int | None = None,
+    classes: Sequence[str] = (),
     shard_size: int = 1000,
     block: int = BLOCK,
     part: int = 0,
@@ -108,6 +112,7 @@ def generate(
         temperature: scale of the latents.
         identity: what else the images depend on; a folder of another job is refused.
         label: class of a conditional model's images; if not given, they take turns by index.
+        classes: names of the classes, which the images are noted with.
         shard_size: images a shard.
         block: images that are computed together.
         part: which of the parts to make, from 0 on.
@@ -135,16 +140,40 @@ def generate(
     missing = [(path, indices) for path, indices in own if not path.exists()]
     left = sum(len(indices) for _, indices in missing)
     total = sum(len(indices) for _, indices in own)
-    with tqdm(
-        total=total, initial=total - left, desc="sampling", unit="img", disable=quiet
-    ) as progress:
+    notes = {"seed": seed, "temperature": temperature, "classes": classes}
+    bar = tqdm(total=total, initial=total - left, desc="sampling", unit="img", disable=quiet)
+    with bar as progress, ThreadPoolExecutor(1, "shards") as writer:
+        writing: Future[None] | None = None
         for path, indices in missing:
             images = sample_blocks(model, seed, indices, temperature, block, label).numpy()
-            rows = zip(indices, images, labels_of(model, indices, label), strict=True)
-            samples = (Sample(f"{i:09d}", x, y if y >= 0 else None) for i, x, y in rows)
-            write_shard(path, map(encode, samples))
+            labels = labels_of(model, indices, label)
+            if writing:  # one shard at a time, while the next is sampled
+                writing.result()
+            writing = writer.submit(_write, path, indices, images, labels, notes)
             progress.update(len(indices))
+        if writing:
+            writing.result()
     return [path for path, _ in shards]
+
+
+def _write(
+    path: Path, indices: range, images: np.ndarray, labels: list[int], notes: Mapping[str, Any]
+) -> None:
+    """Encode and write a shard of images, each with a note of what made it."""
+
+    def encoded() -> Iterator[Encoded]:
+        for index, image, label in zip(indices, images, labels, strict=True):
+            sample = encode(Sample(f"{index:09d}", image, label if label >= 0 else None))
+            name = notes["classes"][label] if 0 <= label < len(notes["classes"]) else None
+            note = {
+                "index": index,
+                "seed": notes["seed"],
+                "temperature": notes["temperature"],
+                "class": name,
+            }
+            yield sample._replace(notes=json.dumps(note).encode())
+
+    write_shard(path, encoded())
 
 
 def save_preview(

@@ -6,6 +6,8 @@ beside the plain webdataset pipeline and beside a bare loop that reads and decod
 python pipelines/benchmark.py checkpoint: what a save costs the training, the mean time of so many
 steps with one save in them beside the mean of as many without.
 
+python pipelines/benchmark.py sample: the job of sampling beside the model's sampling alone.
+
 python pipelines/benchmark.py ffjord: a step of a continuous flow, at the original code's reference
 setting (28×28 images, three levels, two flows in a row, hidden 64-64-64, dopri5 at 1e-5, batch 32)
 and by our recipe for Fashion-MNIST.
@@ -15,13 +17,14 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import continuous, saves, streams
+from benchmarks import continuous, sampling, saves, streams
 
 from glowscale.jobs import job, report, run
 
 BENCHMARKS = {
     "data": (streams, "the training stream"),
     "checkpoint": (saves, "what a save costs the training"),
+    "sample": (sampling, "the job of sampling beside the model alone"),
     "ffjord": (continuous, "a step of a continuous flow"),
 }
 

@@ -40,6 +40,7 @@ def main() -> None:
             temperature=arguments.temperature,
             identity={"checkpoint": checkpoint.digest, "weights": arguments.weights},
             label=label,
+            classes=checkpoint.state["classes"],
             shard_size=arguments.shard_size,
             part=part,
             parts=parts,

@@ -13,7 +13,7 @@ from glowscale.bijections import AffinePixels, LogitPixels, Sequential
 from glowscale.dequantization import UniformDequantizer, VariationalDequantizer
 from glowscale.evaluation import bits_per_dim
 from glowscale.models import Glow, MultiscaleFlow
-from tests.conftest import perturb, tiny_glow
+from tests.conftest import UniformFlow, perturb, tiny_glow
 
 BINARY = (1, 2, 2)
 
@@ -78,18 +78,7 @@ def test_decode_is_the_inverse_of_encode(
 
 @pytest.mark.parametrize("grey_levels", [2, 17, 256])
 def test_a_uniform_model_scores_exactly_the_bits_of_its_levels(grey_levels: int) -> None:
-    class UniformPrior(MultiscaleFlow):
-        """Its preprocessing maps the pixels' range to the unit cube; the density there is 1."""
-
-        def encode(
-            self, images: Tensor, labels: Tensor | None = None
-        ) -> tuple[list[Tensor], Tensor]:
-            x, log_det = self.preprocessing(images)
-            # log N(0) is added for every dimension; take it away again.
-            normaliser = 0.5 * math.log(2 * math.pi) * self.dimensions
-            return [torch.zeros_like(x)], log_det + normaliser
-
-    model = UniformPrior((3, 4, 4), grey_levels, [Sequential([])]).double()
+    model = UniformFlow((3, 4, 4), grey_levels, [Sequential([])]).double()
     images = torch.randint(0, grey_levels, (5, 3, 4, 4))
     bits = bits_per_dim(model(images).log_prob, model.dimensions)
     torch.testing.assert_close(bits, torch.full_like(bits, math.log2(grey_levels)))

@@ -140,6 +140,8 @@ class Encoded(NamedTuple):
     png: bytes
     label: int | None
     fingerprint: str
+    notes: bytes | None = None
+    """JSON that is written beside the image."""
 
 
 def encode(sample: Sample, classes: Sequence[str] = ()) -> Encoded:
@@ -194,7 +196,8 @@ def write_shard(path: Path, samples: Iterable[Encoded]) -> tuple[Shard, list[int
             writer = webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="")
             for sample in samples:
                 label = {} if sample.label is None else {"cls": str(sample.label).encode()}
-                writer.write({"__key__": sample.key, "png": sample.png, **label})
+                notes = {} if sample.notes is None else {"json": sample.notes}
+                writer.write({"__key__": sample.key, "png": sample.png, **label, **notes})
                 count += 1
             writer.close()
             file.flush()

@@ -14,10 +14,12 @@ from tqdm import tqdm
 from glowscale.config import Config
 from glowscale.data import ShardSet
 from glowscale.distributed import failing_together
+from glowscale.environment import describe_environment
 from glowscale.errors import UserError
 from glowscale.evaluation import Evaluation, evaluate
 from glowscale.jobs import say
 from glowscale.pictures import save_curves
+from glowscale.report import write_report
 from glowscale.sampling import BLOCK, NonFiniteSampleError, save_preview
 from glowscale.training.diagnosis import Diagnosis
 from glowscale.training.run_folder import RunFolder
@@ -106,6 +108,7 @@ class Reports:
             figures.append("solver_gap")
         self._record("held_out", {key: getattr(result, key) for key in figures})
         self.save_curves()
+        self.save_page()
         self.refuse_round_trip(result)
         self.refuse_solver_gap(result)
 
@@ -157,7 +160,20 @@ class Reports:
         with failing_together():
             if self.is_main:
                 self.folder.save_evaluation(self.state.images, result)
+        self.save_page()
         return result
+
+    def save_environment(self) -> None:
+        """Where the run is made."""
+        with failing_together():
+            if self.is_main:
+                self.folder.save_environment(describe_environment(self.accelerator))
+
+    def save_page(self) -> None:
+        """All of it as a page."""
+        with failing_together():
+            if self.is_main:
+                write_report(self.folder.path)
 
     def save_curves(self) -> None:
         """The metrics so far as a picture."""

@@ -120,6 +120,12 @@ class RunFolder:
         content = json.dumps({"trained_images": images, **evaluation.to_dict()}, indent=1)
         write_atomically(self.path / EVALUATION, content.encode())
 
+    def save_environment(self, environment: dict[str, Any]) -> None:
+        """Write where the run is made."""
+        write_atomically(
+            self.path / "environment.json", json.dumps(environment, indent=1).encode()
+        )
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics."""
         if not self.metrics.exists():

@@ -113,6 +113,7 @@ class Trainer:
         if self.is_main:
             processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
             say(f"training on {processes} ({self.accelerator.device.type})")
+        self.reports.save_environment()
         with self._held, self._stop, self._saver, self._progress() as progress:
             try:
                 self._update_to_the_end(progress)

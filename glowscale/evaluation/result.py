@@ -1,0 +1,62 @@
+"""The outcome of an evaluation."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out bits/dim, with everything that it depends on."""
+
+    bits_per_dim: float
+    """Mean over the images; an upper bound in expectation where dequantization is variational."""
+    per_class: dict[str, float]
+    """Mean of each class's images, by its name; empty where images have no labels."""
+    standard_error: float | None
+    """Of the mean, over the images; None for one image."""
+    images: int
+    importance_samples: int
+    single_sample_bits_per_dim: float
+    """The mean of the bound with one sample of the noise, the first of the importance samples."""
+    probes: int
+    """Estimates of a continuous flow's trace for each of these; 1 of other models."""
+    trace_standard_error: float | None
+    """Of the mean, due to the trace's estimates; None where there is one or none."""
+    solver_gap: float | None
+    """Bits/dim by which a tight adaptive solve of the first images differs; None of other
+    models."""
+    dequantization: str
+    image_shape: tuple[int, int, int]
+    grey_levels: int
+    seed: int
+    """Of the dequantization noise."""
+    fingerprint: str
+    """Of the whole data set that the images are the first of."""
+    round_trip_error: float
+    """Largest |decode(encode(x)) − x| over the first few images, in grey levels."""
+    prior_round_trip_error: float
+    """The same over samples of the model at temperature 1, values beyond the grey levels counting
+    as the nearest one; infinite where they are not finite."""
+
+    def __str__(self) -> str:
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
+        samples = "samples" if self.importance_samples > 1 else "sample"
+        single = f"with one {self.single_sample_bits_per_dim:.4f}, "
+        single = single if self.importance_samples > 1 else ""
+        gap = "" if self.solver_gap is None else f"solver's gap {self.solver_gap:+.1e}, "
+        trace = self.trace_standard_error
+        probes = "" if trace is None else f"{self.probes} probes ± {trace:.1e}, "
+        return (
+            f"{self.bits_per_dim:.4f}{error} bits/dim ({self.images:,} held-out images, "
+            f"{self.dequantization} dequantization, {self.importance_samples} importance "
+            f"{samples}, {single}{probes}{gap}data {self.fingerprint[:8]}, round trip off by "
+            f"{self.round_trip_error:.1e}, of prior samples by {self.prior_round_trip_error:.1e})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for JSON; a figure that is not finite is None."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
