@@ -88,10 +88,10 @@ def _draw_bits(axes: "Axes", metrics: Sequence[dict[str, Any]]) -> None:
 
 def _draw_evaluations(axes: "Axes", metrics: Sequence[dict[str, Any]]) -> None:
     """How often an update evaluated the velocities."""
-    for way in ("forward", "backward"):
+    for way, style in (("forward", "-"), ("backward", "--")):  # they are often equal
         key = f"{way}_evaluations"
         points = [(m["images"], m[key]) for m in metrics if key in m]
-        axes.plot(*zip(*points, strict=True), label=way, linewidth=1.2)
+        axes.plot(*zip(*points, strict=True), style, label=way, linewidth=1.2)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("evaluations (NFE)")
     axes.grid(alpha=0.3)

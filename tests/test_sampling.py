@@ -10,6 +10,8 @@ import webdataset
 import yaml
 from PIL import Image
 
+from glowscale.data import ShardSet
+from glowscale.data.existing import index_shards
 from glowscale.errors import UserError
 from glowscale.files import ClaimError
 from glowscale.models import MultiscaleFlow
@@ -108,3 +110,47 @@ def test_a_grid_shows_the_full_range_of_greys(tmp_path: Path) -> None:
     pixels = np.asarray(Image.open(tmp_path / "grid.png"))
     assert pixels.max() == 255
     assert pixels.shape[2] == 3
+
+
+def test_a_full_disk_leaves_whole_shards_and_is_named(
+    model: MultiscaleFlow, small_disk: Path
+) -> None:
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * 150_000)
+    out, job = small_disk / "out", options(count=60, shard_size=12)
+    with pytest.raises(OSError, match="No space left on device") as full:
+        generate(model, out, **job)
+    assert "shard-" in str(full.value.filename)
+    there = sorted(out.glob("*.tar"))
+    assert 0 < len(there) < 5
+    assert len(read(there)) == 12 * len(there)
+    assert not [*out.glob("*.partial")]
+    kept = {path: path.read_bytes() for path in there}
+    filler.unlink()
+    shards = generate(model, out, **job)
+    assert len(read(shards)) == 60
+    assert all(path.read_bytes() == content for path, content in kept.items())
+
+
+def test_samples_note_what_made_them_and_are_read_as_any_shards(tmp_path: Path) -> None:
+    model = tiny_glow((1, 8, 8), 256, levels=2, classes=3, class_channels=4)
+    out = tmp_path / "samples"
+    names = ["cat", "dog", "owl"]
+    shards = generate(model, out, **options(classes=names))
+    dataset = webdataset.WebDataset([str(p) for p in shards], shardshuffle=False).decode("rgb8")
+    samples = list(dataset)
+    assert [sample["json"]["index"] for sample in samples] == list(range(23))
+    for index, sample in enumerate(samples):
+        note = {
+            "index": index,
+            "seed": 4,
+            "temperature": 0.8,
+            "class": ["cat", "dog", "owl"][index % 3],
+        }
+        assert sample["json"] == note
+        assert sample["cls"] == index % 3
+    index_shards(tmp_path / "index", out, split="train", channels=1)
+    block = ShardSet(tmp_path / "index" / "train").read_batch(0, 23)
+    expected = sample_blocks(model, 4, range(23), 0.8, block=4)
+    assert torch.equal(block.images, expected)
+    assert block.labels.tolist() == [i % 3 for i in range(23)]
