@@ -224,6 +224,21 @@ def call_job(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
     return call
 
 
+@pytest.fixture
+def near_job(call_job: Caller) -> Runner:
+    """As `run_job` for one process, but within this one: seconds faster."""
+
+    def run(
+        script: str, *arguments: object, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        code, out, err = call_job(script, *arguments)
+        if check:
+            assert code == 0, err
+        return subprocess.CompletedProcess([script, *map(str, arguments)], code, out, err)
+
+    return run
+
+
 def final_tensors(run: Path) -> dict[str, Tensor]:
     folder = find_checkpoint(run)
     return {

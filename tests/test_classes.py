@@ -91,11 +91,11 @@ def test_gradients_reach_the_classes_features() -> None:
 
 
 def test_a_class_is_learned_scored_and_sampled(
-    conditional: dict[str, Any], tmp_path: Path, run_job: Runner
+    conditional: dict[str, Any], tmp_path: Path, near_job: Runner
 ) -> None:
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(conditional))
     config, run = tmp_path / "c.yaml", tmp_path / "run"
-    result = last_json(run_job("train.py", config, "--json"))
+    result = last_json(near_job("train.py", config, "--json"))
     assert result["per_class"].keys() == BRIGHTNESS.keys()
     mean = sum(result["per_class"].values()) / 3  # ten images of each
     assert mean == pytest.approx(result["bits_per_dim"], abs=1e-9)
@@ -108,11 +108,11 @@ def test_a_class_is_learned_scored_and_sampled(
     options = ["--count", 8, "--temperature", 0.7]
     for name in ("dark", "bright"):
         out = tmp_path / name
-        run_job("sample.py", run, *options, "--out", out, "--class", name)
+        near_job("sample.py", run, *options, "--out", out, "--class", name)
         assert mean_brightness(out) == pytest.approx(BRIGHTNESS[name], abs=2)
-    wrong = run_job("sample.py", run, *options, "--out", out, "--class", "dusk", check=False)
+    wrong = near_job("sample.py", run, *options, "--out", out, "--class", "dusk", check=False)
     assert "no class 'dusk'; it has dark, middle, bright" in wrong.stderr
-    other = run_job("sample.py", run, *options, "--out", out, "--class", "dark", check=False)
+    other = near_job("sample.py", run, *options, "--out", out, "--class", "dark", check=False)
     assert "its label is 2, not 0" in other.stderr
 
 

@@ -105,13 +105,13 @@ def test_the_histogram_is_the_entropy_of_independent_pixels(tmp_path: Path) -> N
 
 
 def test_the_job_gives_the_trained_runs_figure_on_any_number_of_processes(
-    config_dict: dict[str, Any], tmp_path: Path, run_job: Runner
+    config_dict: dict[str, Any], tmp_path: Path, run_job: Runner, near_job: Runner
 ) -> None:
     config_dict["train"]["images"] = 64
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_dict))
-    trained = last_json(run_job("train.py", tmp_path / "c.yaml", "--json"))
+    trained = last_json(near_job("train.py", tmp_path / "c.yaml", "--json"))
     run = tmp_path / "run"
-    one = last_json(run_job("evaluate.py", run, "--json"))
+    one = last_json(near_job("evaluate.py", run, "--json"))
     two = last_json(run_job("evaluate.py", run, "--json", "--batch", 10, processes=2))
     four = last_json(run_job("evaluate.py", run, "--json", "--batch", 5, processes=4))
     assert one["images"] == two["images"] == four["images"] == 37
@@ -119,7 +119,7 @@ def test_the_job_gives_the_trained_runs_figure_on_any_number_of_processes(
     for several in (two, four):
         assert several["bits_per_dim"] == pytest.approx(trained["bits_per_dim"], abs=1e-6)
     assert one["dequantization"] == "variational"
-    wrong = run_job("evaluate.py", tmp_path / "nowhere", check=False)
+    wrong = near_job("evaluate.py", tmp_path / "nowhere", check=False)
     assert wrong.returncode == 1
     assert wrong.stderr.splitlines()[-1].startswith("Error: ")
     assert "neither a checkpoint nor the folder of a run" in wrong.stderr

@@ -73,7 +73,7 @@ LAYOUTS: dict[str, tuple[Any, list[str]]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_three_layouts_of_others_are_indexed_and_trained_on(
-    layout: str, tmp_path: Path, run_job: Runner, config_dict: dict[str, Any]
+    layout: str, tmp_path: Path, near_job: Runner, config_dict: dict[str, Any]
 ) -> None:
     theirs, out = tmp_path / "theirs", tmp_path / "index"
     theirs.mkdir()
@@ -81,7 +81,7 @@ def test_three_layouts_of_others_are_indexed_and_trained_on(
     write(theirs)
     before = {path: path.read_bytes() for path in theirs.rglob("*.tar")}
     command = ["shards", out, "--path", theirs, "--held-out", 0.3, *options, "--json"]
-    facts = last_json(run_job("make_shards.py", *command))
+    facts = last_json(near_job("make_shards.py", *command))
     splits = [ShardSet(out / name) for name in ("train", "test")]
     assert facts["train"]["images"] + facts["test"]["images"] == 60
     assert 6 <= facts["test"]["images"] <= 30

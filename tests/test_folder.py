@@ -107,12 +107,12 @@ def make_tree(root: Path) -> None:
 
 
 def test_a_tree_is_packed_counted_trained_on_and_sampled(
-    tmp_path: Path, run_job: Runner, config_dict: dict[str, Any]
+    tmp_path: Path, near_job: Runner, config_dict: dict[str, Any]
 ) -> None:
     make_tree(tmp_path / "tree")
     out = tmp_path / "data"
     options = ["--path", tmp_path / "tree", "--resolution", 16, "--held-out", 0.2]
-    result = run_job("make_shards.py", "folder", out, *options, "--shard-size", 5, "--json")
+    result = near_job("make_shards.py", "folder", out, *options, "--shard-size", 5, "--json")
     facts = last_json(result)
     assert facts["train"]["images"] + facts["test"]["images"] == 13
     assert facts["train"]["skipped"] + facts["test"]["skipped"] == 4
@@ -134,19 +134,21 @@ def test_a_tree_is_packed_counted_trained_on_and_sampled(
     config_dict["data"]["dir"] = str(out)
     config_dict["train"] |= {"images": 32, "init_images": 8}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_dict))
-    trained = last_json(run_job("train.py", tmp_path / "c.yaml", "--json"))
+    trained = last_json(near_job("train.py", tmp_path / "c.yaml", "--json"))
     assert trained["image_shape"] == [3, 16, 16]
-    run_job("sample.py", tmp_path / "run", "--count", 4, "--out", tmp_path / "samples")
+    near_job("sample.py", tmp_path / "run", "--count", 4, "--out", tmp_path / "samples")
     assert Image.open(tmp_path / "samples" / "grid.png").mode == "RGB"
 
 
-def test_packing_does_not_depend_on_the_number_of_threads(tmp_path: Path, run_job: Runner) -> None:
+def test_packing_does_not_depend_on_the_number_of_threads(
+    tmp_path: Path, near_job: Runner
+) -> None:
     make_tree(tmp_path / "tree")
     manifests = []
     for workers in (1, 4):
         out = tmp_path / f"data_{workers}"
         options = ["--path", tmp_path / "tree", "--resolution", 16, "--workers", workers]
-        run_job("make_shards.py", "folder", out, *options)
+        near_job("make_shards.py", "folder", out, *options)
         manifests.append(json.loads((out / "train" / "manifest.json").read_text()))
     assert manifests[0] == manifests[1]
 

@@ -108,11 +108,11 @@ def test_a_stopped_evaluation_goes_on_after_its_last_block(
     "how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
 )
 def test_a_killed_job_goes_on(
-    config_dict: dict[str, Any], tmp_path: Path, run_job: Runner, how: signal.Signals
+    config_dict: dict[str, Any], tmp_path: Path, near_job: Runner, how: signal.Signals
 ) -> None:
     config_dict["train"]["images"] = 16
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_dict))
-    run_job("train.py", tmp_path / "c.yaml")
+    near_job("train.py", tmp_path / "c.yaml")
     run, out = tmp_path / "run", tmp_path / "evaluation"
     options = ["--batch", "5", "--importance-samples", "50", "--json"]
     command = [*job_command("evaluate.py"), str(run), "--out", str(out), *options]
@@ -134,7 +134,7 @@ def test_a_killed_job_goes_on(
         time.sleep(0.05)
     assert again.returncode == 0
     result = json.loads((out / "result.json").read_bytes())
-    whole = last_json(run_job("evaluate.py", run, *options, "--out", tmp_path / "whole"))
+    whole = last_json(near_job("evaluate.py", run, *options, "--out", tmp_path / "whole"))
     assert result["bits_per_dim"] == whole["bits_per_dim"]
     assert lines_of(out) == lines_of(tmp_path / "whole")
 

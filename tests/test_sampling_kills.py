@@ -49,7 +49,7 @@ def kill_and_finish(run: Path, out: Path, count: int, size: int, kills: int) -> 
         shards = len([*out.glob("*.tar")])
         while len([*out.glob("*.tar")]) == shards and process.poll() is None:
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.1))
         hits += process.poll() is None
         process.kill()
         process.wait()
@@ -61,34 +61,34 @@ def kill_and_finish(run: Path, out: Path, count: int, size: int, kills: int) -> 
 
 
 def test_killed_sampling_makes_every_image_once(
-    trained: Path, tmp_path: Path, run_job: Runner
+    trained: Path, tmp_path: Path, near_job: Runner
 ) -> None:
-    run_job("sample.py", trained, "--count", 600, "--out", tmp_path / "whole")
-    hits = kill_and_finish(trained, tmp_path / "killed", 600, 40, kills=2)
+    near_job("sample.py", trained, "--count", 1500, "--out", tmp_path / "whole")
+    hits = kill_and_finish(trained, tmp_path / "killed", 1500, 25, kills=2)
     assert hits == 2
     assert images_of(tmp_path / "killed") == images_of(tmp_path / "whole")
 
 
 @pytest.mark.long
 def test_sampling_killed_at_twenty_moments_makes_every_image_once(
-    trained: Path, tmp_path: Path, run_job: Runner
+    trained: Path, tmp_path: Path, near_job: Runner
 ) -> None:
-    run_job("sample.py", trained, "--count", 4000, "--out", tmp_path / "whole")
-    hits = kill_and_finish(trained, tmp_path / "killed", 4000, 40, kills=20)
+    near_job("sample.py", trained, "--count", 6000, "--out", tmp_path / "whole")
+    hits = kill_and_finish(trained, tmp_path / "killed", 6000, 30, kills=20)
     assert hits == 20
     assert images_of(tmp_path / "killed") == images_of(tmp_path / "whole")
 
 
 @pytest.mark.long
 def test_a_thousand_images_are_the_same_however_the_work_is_shared(
-    trained: Path, tmp_path: Path, run_job: Runner
+    trained: Path, tmp_path: Path, run_job: Runner, near_job: Runner
 ) -> None:
     common = ["--count", 1000, "--shard-size", 100, "--seed", 5]
-    run_job("sample.py", trained, *common, "--out", tmp_path / "one")
+    near_job("sample.py", trained, *common, "--out", tmp_path / "one")
     run_job("sample.py", trained, *common, "--out", tmp_path / "two", processes=2)
     out = tmp_path / "array"
     for part in (0, 1, 3):
-        run_job("sample.py", trained, *common, "--out", out, "--part", part, "--parts", 4)
+        near_job("sample.py", trained, *common, "--out", out, "--part", part, "--parts", 4)
     command = [*job_command("sample.py"), str(trained), "--out", str(out), "--part", "2"]
     command += ["--parts", "4", *map(str, common)]
     process = subprocess.Popen(command, env=job_environment(), stderr=subprocess.DEVNULL)
@@ -97,7 +97,7 @@ def test_a_thousand_images_are_the_same_however_the_work_is_shared(
         time.sleep(0.002)
     process.kill()
     process.wait()
-    run_job("sample.py", trained, *common, "--out", out, "--part", 2, "--parts", 4)
+    near_job("sample.py", trained, *common, "--out", out, "--part", 2, "--parts", 4)
     images = [images_of(tmp_path / name) for name in ("one", "two", "array")]
     assert sorted(images[0]) == [f"{i:09d}" for i in range(1000)]
     assert images[0] == images[1] == images[2]

@@ -192,10 +192,12 @@ def write_idx(folder: Path, zipped: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-def test_idx_files_are_packed_by_the_job(tmp_path: Path, zipped: bool, run_job: Runner) -> None:
+def test_idx_files_are_packed_by_the_job(tmp_path: Path, zipped: bool, near_job: Runner) -> None:
     images = write_idx(tmp_path, zipped)
     out = tmp_path / "out"
-    result = run_job("make_shards.py", "idx", out, "--path", tmp_path, "--shard-size", 5, "--json")
+    result = near_job(
+        "make_shards.py", "idx", out, "--path", tmp_path, "--shard-size", 5, "--json"
+    )
     assert last_json(result)["train"]["images"] == 12
     test = ShardSet(out / "test").read_batch(0, 5)  # in the source's order
     assert torch.equal(test.images, torch.from_numpy(images[:5, None]))
@@ -205,16 +207,16 @@ def test_idx_files_are_packed_by_the_job(tmp_path: Path, zipped: bool, run_job: 
     assert train.manifest.image_shape == (1, 4, 8)
     assert train.manifest.grey_levels == 256
     same = ["idx", out, "--path", tmp_path, "--shard-size", 5, "--json"]
-    again = run_job("make_shards.py", *same)
+    again = near_job("make_shards.py", *same)
     assert last_json(again) == last_json(result)
     assert f"{out / 'train'}: already done: 12 images of 1×4×8" in again.stderr
-    other = run_job("make_shards.py", "digits", out, check=False)
+    other = near_job("make_shards.py", "digits", out, check=False)
     assert other.returncode == 1
     assert "holds other work: its origin is 'IDX files train', not" in other.stderr
 
 
 def test_training_packs_its_source_if_it_is_not_there(
-    tmp_path: Path, run_job: Runner, config_dict: dict[str, Any]
+    tmp_path: Path, run_job: Runner, near_job: Runner, config_dict: dict[str, Any]
 ) -> None:
     write_idx(tmp_path, zipped=True)
     source = {"kind": "idx", "path": str(tmp_path)}
@@ -227,7 +229,7 @@ def test_training_packs_its_source_if_it_is_not_there(
     assert len(list((tmp_path / "data" / "train").glob("shard-*.tar"))) == 3
     # A kill between the splits: the one that is missing is packed, the other left alone.
     (tmp_path / "data" / "test" / "manifest.json").unlink()
-    again = last_json(run_job("train.py", tmp_path / "c.yaml", "--json"))
+    again = last_json(near_job("train.py", tmp_path / "c.yaml", "--json"))
     assert again["fingerprint"] == result["fingerprint"]
 
 

@@ -33,13 +33,13 @@ def config_path(tmp_path: Path, config_dict: dict[str, Any]) -> Path:
 
 
 def test_a_longer_run_continues_a_finished_one(
-    config_path: Path, tmp_path: Path, run_job: Runner
+    config_path: Path, tmp_path: Path, near_job: Runner
 ) -> None:
     constant = "train.schedule.decay=constant"
     whole, longer = f"run.dir={tmp_path / 'whole'}", f"run.dir={tmp_path / 'longer'}"
-    run_job("train.py", config_path, whole, constant, "train.images=128")
-    run_job("train.py", config_path, longer, constant, "train.images=64")
-    run_job("train.py", config_path, longer, constant, "train.images=128")
+    near_job("train.py", config_path, whole, constant, "train.images=128")
+    near_job("train.py", config_path, longer, constant, "train.images=64")
+    near_job("train.py", config_path, longer, constant, "train.images=128")
     a, b = final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "longer")
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -75,11 +75,11 @@ def test_two_processes_train_as_one(config_path: Path, tmp_path: Path, run_job: 
 
 
 def test_a_run_may_go_on_with_another_number_of_processes(
-    config_path: Path, tmp_path: Path, run_job: Runner
+    config_path: Path, tmp_path: Path, run_job: Runner, near_job: Runner
 ) -> None:
     options = ["train.precision=float64", "train.schedule.decay=constant", "log.every=16"]
     whole, changed = tmp_path / "whole", tmp_path / "changed"
-    run_job("train.py", config_path, f"run.dir={whole}", *options)
+    near_job("train.py", config_path, f"run.dir={whole}", *options)
     for processes, images in ((2, 96), (1, 208), (2, 320)):
         command = [config_path, f"run.dir={changed}", *options, f"train.images={images}"]
         run_job("train.py", *command, processes=processes)
@@ -141,10 +141,10 @@ def test_training_learns(config_dict: dict[str, Any]) -> None:
 
 
 def test_a_changed_config_is_refused_by_key(
-    config_path: Path, run_job: Runner, tmp_path: Path
+    config_path: Path, near_job: Runner, tmp_path: Path
 ) -> None:
-    run_job("train.py", config_path, "train.images=16")
-    changed = run_job("train.py", config_path, "model.depth=3", check=False)
+    near_job("train.py", config_path, "train.images=16")
+    changed = near_job("train.py", config_path, "model.depth=3", check=False)
     assert changed.returncode == 1
     assert "'model.depth' was 2 when the run began and is 3 now" in changed.stderr
     assert "Traceback" not in changed.stderr
