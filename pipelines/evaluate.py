@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+import glowscale
 from glowscale.checkpoint import Checkpoint, load_model
 from glowscale.config import Config, parse_config
 from glowscale.data import ShardSet
@@ -79,6 +80,7 @@ def open_records(
         "checkpoint": checkpoint.digest,
         "weights": arguments.weights,
         "data": shards.manifest.fingerprint,
+        "glowscale": glowscale.__version__,
         **settings,
     }
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]

@@ -123,7 +123,7 @@ def ffjord_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
     return config_dict
 
 
-@pytest.mark.parametrize("gradient", ["adjoint", "direct"])
+@pytest.mark.parametrize("gradient", ["adjoint", pytest.param("direct", marks=pytest.mark.long)])
 def test_processes_and_restarts_train_the_same_model(
     ffjord_dict: dict[str, Any], tmp_path: Path, run_job: Runner, gradient: str
 ) -> None:

@@ -60,15 +60,6 @@ def kill_and_finish(run: Path, out: Path, count: int, size: int, kills: int) -> 
     return hits
 
 
-def test_killed_sampling_makes_every_image_once(
-    trained: Path, tmp_path: Path, near_job: Runner
-) -> None:
-    near_job("sample.py", trained, "--count", 1500, "--out", tmp_path / "whole")
-    hits = kill_and_finish(trained, tmp_path / "killed", 1500, 25, kills=2)
-    assert hits == 2
-    assert images_of(tmp_path / "killed") == images_of(tmp_path / "whole")
-
-
 @pytest.mark.long
 def test_sampling_killed_at_twenty_moments_makes_every_image_once(
     trained: Path, tmp_path: Path, near_job: Runner

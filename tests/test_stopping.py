@@ -68,10 +68,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     workers: int,
     config_path: Path,
     tmp_path: Path,
-    run_job: Runner,
+    near_job: Runner,
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "stopped"
-    run_job("train.py", config_path, f"run.dir={whole}", LINES)
+    near_job("train.py", config_path, f"run.dir={whole}", LINES)
     process = start(config_path, run, LINES, f"data.workers={workers}")
     status, said = stop_when(
         lambda: '"images": 48' in metrics(run),
@@ -84,16 +84,16 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert found, said
     assert 48 <= int(found[1]) == images_reached(run) < 320
     assert not (run / "lock.json").exists()
-    run_job("train.py", config_path, f"run.dir={run}", LINES)
+    near_job("train.py", config_path, f"run.dir={run}", LINES)
     assert_same_run(whole, run)
 
 
 def test_a_stop_within_an_evaluation_repeats_it(
-    config_path: Path, tmp_path: Path, run_job: Runner
+    config_path: Path, tmp_path: Path, near_job: Runner
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "stopped"
     slow = ["evaluate.batch=1", "evaluate.importance_samples=10", "data.workers=0"]
-    run_job("train.py", config_path, f"run.dir={whole}", LINES, *slow)
+    near_job("train.py", config_path, f"run.dir={whole}", LINES, *slow)
     process = start(config_path, run, LINES, *slow)
 
     def evaluating() -> bool:
@@ -103,7 +103,7 @@ def test_a_stop_within_an_evaluation_repeats_it(
     assert status == STOPPED
     assert "at image 160 of 320" in said
     assert '"held_out"' not in metrics(run)
-    run_job("train.py", config_path, f"run.dir={run}", LINES, *slow)
+    near_job("train.py", config_path, f"run.dir={run}", LINES, *slow)
     assert '"held_out"' in metrics(run)
     assert_same_run(whole, run)
     name = "samples/000000000160.png"

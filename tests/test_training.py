@@ -44,18 +44,13 @@ def test_a_longer_run_continues_a_finished_one(
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_two_processes_train_as_one(config_path: Path, tmp_path: Path, run_job: Runner) -> None:
+def test_two_processes_train_as_one(
+    config_path: Path, tmp_path: Path, run_job: Runner, near_job: Runner
+) -> None:
     runs = {n: tmp_path / f"processes_{n}" for n in (1, 2)}
-    for processes, run in runs.items():
-        run_job(
-            "train.py",
-            config_path,
-            f"run.dir={run}",
-            "train.precision=float64",
-            "log.every=16",
-            "checkpoint.keep=99",
-            processes=processes,
-        )
+    options = ["train.precision=float64", "log.every=16", "checkpoint.keep=99"]
+    near_job("train.py", config_path, f"run.dir={runs[1]}", *options)
+    run_job("train.py", config_path, f"run.dir={runs[2]}", *options, processes=2)
     lines = {
         n: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for n, run in runs.items()
