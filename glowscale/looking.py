@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from glowscale.models import MultiscaleFlow
-from glowscale.sampling import labels_of
+from glowscale.sampling import draw_continuous
 
 
 @torch.inference_mode()
@@ -79,11 +79,8 @@ def sweep_temperatures(
     Returns:
         Images, uint8 (temperatures · count, C, H, W), row by row.
     """
-    indices = range(count)
-    labels = torch.tensor(labels_of(model, indices, None), device=model.device)
     rows = [
-        model.decode(model.draw_latents(seed, indices, temperature), labels)
-        for temperature in temperatures
+        draw_continuous(model, seed, range(count), temperature)[0] for temperature in temperatures
     ]
     return torch.cat([model.quantize(row.nan_to_num()).cpu() for row in rows])
 

@@ -47,8 +47,7 @@ def sample_images(
     Raises:
         NonFiniteSampleError: if the model blew up, which would else pass for black pixels.
     """
-    labels = torch.tensor(labels_of(model, indices, label), device=model.device)
-    images = model.decode(model.draw_latents(seed, indices, temperature), labels)
+    images, _ = draw_continuous(model, seed, indices, temperature, label)
     finite = images.isfinite().flatten(1).all(1).tolist()
     if not all(finite):
         raise NonFiniteSampleError(
@@ -56,6 +55,18 @@ def sample_images(
             f"temperature from {temperature}, or train longer."
         )
     return model.quantize(images).cpu()
+
+
+def draw_continuous(
+    model: MultiscaleFlow,
+    seed: int,
+    indices: range,
+    temperature: float = 1.0,
+    label: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `sample_images`, before pixels are made of them; also the images' labels (B,)."""
+    labels = torch.tensor(labels_of(model, indices, label), device=model.device)
+    return model.decode(model.draw_latents(seed, indices, temperature), labels), labels
 
 
 def labels_of(model: MultiscaleFlow, indices: range, label: int | None) -> list[int]:
@@ -140,7 +151,7 @@ def generate(
     missing = [(path, indices) for path, indices in own if not path.exists()]
     left = sum(len(indices) for _, indices in missing)
     total = sum(len(indices) for _, indices in own)
-    notes = {"seed": seed, "temperature": temperature, "classes": classes}
+    made_by = {"seed": seed, "temperature": temperature}
     bar = tqdm(total=total, initial=total - left, desc="sampling", unit="img", disable=quiet)
     with bar as progress, ThreadPoolExecutor(1, "shards") as writer:
         writing: Future[None] | None = None
@@ -149,7 +160,7 @@ def generate(
             labels = labels_of(model, indices, label)
             if writing:  # one shard at a time, while the next is sampled
                 writing.result()
-            writing = writer.submit(_write, path, indices, images, labels, notes)
+            writing = writer.submit(_write, path, indices, images, labels, classes, made_by)
             progress.update(len(indices))
         if writing:
             writing.result()
@@ -157,20 +168,20 @@ def generate(
 
 
 def _write(
-    path: Path, indices: range, images: np.ndarray, labels: list[int], notes: Mapping[str, Any]
+    path: Path,
+    indices: range,
+    images: np.ndarray,
+    labels: list[int],
+    classes: Sequence[str],
+    made_by: Mapping[str, Any],
 ) -> None:
     """Encode and write a shard of images, each with a note of what made it."""
 
     def encoded() -> Iterator[Encoded]:
         for index, image, label in zip(indices, images, labels, strict=True):
             sample = encode(Sample(f"{index:09d}", image, label if label >= 0 else None))
-            name = notes["classes"][label] if 0 <= label < len(notes["classes"]) else None
-            note = {
-                "index": index,
-                "seed": notes["seed"],
-                "temperature": notes["temperature"],
-                "class": name,
-            }
+            name = classes[label] if 0 <= label < len(classes) else None
+            note = {"index": index, **made_by, "class": name}
             yield sample._replace(notes=json.dumps(note).encode())
 
     write_shard(path, encoded())

@@ -8,7 +8,6 @@ left in RUN/evaluations, see docs/formats.md; the same command goes on where it 
 import argparse
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def main() -> None:
         shards = ShardSet(arguments.data or join(config.data.dir, config.data.held_out_split))
         settings = settings_of(arguments, config)
         records = open_records(arguments, checkpoint, shards, settings)
-        if os.environ.get("RANK", "0") == "0":
+        if accelerator.is_main_process:
             refuse_standstill(records.folder, records.blocks, "blocks")
         done = torch.tensor(float(records.is_finished and accelerator.is_main_process))
         if not sum_over_ranks(done.to(accelerator.device)):

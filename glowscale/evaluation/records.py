@@ -87,11 +87,10 @@ class Records:
 def _table(scores: Scores, classes: list[str], result: Evaluation) -> str:
     """The scores as CSV, in the order of the manifest."""
     dimensions = torch.Size(result.image_shape).numel()
-    nats_per_bit = -bits_per_dim(torch.ones((), dtype=torch.float64), dimensions)
     columns: list[Tensor] = [
         bits_per_dim(scores.log_prob, dimensions),
         bits_per_dim(scores.single_sample_log_prob, dimensions),
-        scores.trace_variance * nats_per_bit**2,
+        bits_per_dim(scores.trace_variance.sqrt(), dimensions).square(),
     ]
     lines = io.StringIO()
     writer = csv.writer(lines, lineterminator="\n")

@@ -41,9 +41,9 @@ class Evaluation:
 
     def __str__(self) -> str:
         error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
-        samples = "samples" if self.importance_samples > 1 else "sample"
-        single = f"with one {self.single_sample_bits_per_dim:.4f}, "
-        single = single if self.importance_samples > 1 else ""
+        several = self.importance_samples > 1
+        samples = "samples" if several else "sample"
+        single = f"with one {self.single_sample_bits_per_dim:.4f}, " if several else ""
         gap = "" if self.solver_gap is None else f"solver's gap {self.solver_gap:+.1e}, "
         trace = self.trace_standard_error
         probes = "" if trace is None else f"{self.probes} probes ± {trace:.1e}, "

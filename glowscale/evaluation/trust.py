@@ -9,7 +9,7 @@ from glowscale.data import Batch
 from glowscale.evaluation.bits import bits_per_dim
 from glowscale.evaluation.scoring import noise_keys, score_block
 from glowscale.models import MultiscaleFlow
-from glowscale.sampling import labels_of
+from glowscale.sampling import draw_continuous
 
 ROUND_TRIPS = 8
 """Images, and samples, whose round trip is measured."""
@@ -17,7 +17,7 @@ ROUND_TRIPS = 8
 
 def measure_trust(model: MultiscaleFlow, block: Batch, seed: int) -> Tensor:
     """Round-trip errors of a block and of samples, and the solver's gap on the block: (3,)."""
-    samples = _prior_samples(model, seed, ROUND_TRIPS)
+    samples = draw_continuous(model, seed, range(ROUND_TRIPS))
     figures = [
         _round_trip_of(model, *_dequantized(model, block, seed)),
         _round_trip_of(model, *samples, clamp=True),
@@ -56,10 +56,3 @@ def _dequantized(model: MultiscaleFlow, block: Batch, seed: int) -> tuple[Tensor
     noise = noise[:, : model.image_shape[0]]  # others are probes
     images, _ = model.dequantizer(block.images.to(model.device), noise)
     return images, block.labels.to(model.device)
-
-
-def _prior_samples(model: MultiscaleFlow, seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Continuous images that the model draws at temperature 1, and their labels."""
-    indices = range(count)
-    labels = torch.tensor(labels_of(model, indices, None), device=model.device)
-    return model.decode(model.draw_latents(seed, indices), labels), labels
