@@ -14,7 +14,6 @@ from tqdm import tqdm
 from glowscale.config import Config
 from glowscale.data import ShardSet
 from glowscale.distributed import failing_together
-from glowscale.environment import describe_environment
 from glowscale.errors import UserError
 from glowscale.evaluation import Evaluation, evaluate
 from glowscale.jobs import say
@@ -22,6 +21,7 @@ from glowscale.pictures import save_curves
 from glowscale.report import write_report
 from glowscale.sampling import BLOCK, NonFiniteSampleError, save_preview
 from glowscale.training.diagnosis import Diagnosis
+from glowscale.training.environment import describe_environment
 from glowscale.training.run_folder import RunFolder
 from glowscale.training.state import TrainingState
 from glowscale.training.trackers import log_picture
