@@ -60,6 +60,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def remove_partials(path: Path) -> None:
+    """Remove what killed jobs left of a file; for whoever alone makes it."""
+    for partial in path.parent.glob(f"{path.name}.*{TEMPORARY}"):
+        partial.unlink(missing_ok=True)
+
+
 def append_durably(path: Path, line: bytes) -> None:
     """Append a line to a file and sync it; a kill may leave half of it, without its line end."""
     with naming(path), path.open("ab") as file:

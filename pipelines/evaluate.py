@@ -18,8 +18,21 @@ import glowscale
 from glowscale.checkpoint import Checkpoint, load_model
 from glowscale.config import Config, parse_config
 from glowscale.data import ShardSet
-from glowscale.distributed import leave, refuse_disagreement, start_accelerator, sum_over_ranks
-from glowscale.evaluation import Records, codec_bits_per_dim, evaluate
+from glowscale.distributed import (
+    failing_together,
+    leave,
+    refuse_disagreement,
+    start_accelerator,
+    sum_over_ranks,
+)
+from glowscale.evaluation import (
+    Evaluation,
+    Records,
+    check_fits,
+    codec_bits_per_dim,
+    evaluate,
+    refuse_untrusted,
+)
 from glowscale.files import join
 from glowscale.jobs import job, positive, report, run, say
 from glowscale.models import MultiscaleFlow
@@ -40,6 +53,7 @@ def main() -> None:
         model.to(accelerator.device)
         config = parse_config(checkpoint.state["config"])
         shards = ShardSet(arguments.data or join(config.data.dir, config.data.held_out_split))
+        check_fits(model, shards)  # before a folder is claimed
         settings = settings_of(arguments, config)
         records = open_records(arguments, checkpoint, shards, settings)
         if accelerator.is_main_process:
@@ -47,13 +61,9 @@ def main() -> None:
         done = torch.tensor(float(records.is_finished and accelerator.is_main_process))
         if not sum_over_ranks(done.to(accelerator.device)):
             score(model, shards, settings, records, stopping, accelerator)
-        if accelerator.is_main_process:
-            result = records.read_result()
-            say(f"{checkpoint.path}: {result['summary']}; see {records.folder}")
-            if (page := run_of(checkpoint) / REPORT).exists():
-                write_report(page.parent)
-            if arguments.json:
-                report(result)
+        with failing_together():
+            if accelerator.is_main_process:
+                tell(records, checkpoint, config, arguments.json)
         leave(accelerator)
 
 
@@ -78,7 +88,7 @@ def open_records(
     identity = {
         "checkpoint": checkpoint.digest,
         "weights": arguments.weights,
-        "data": shards.manifest.fingerprint,
+        "fingerprint": shards.manifest.fingerprint,
         "glowscale": glowscale.__version__,
         **settings,
     }
@@ -109,6 +119,20 @@ def score(
         stopping=stopping,
         records=records,
         more=lambda: {"codecs": codec_bits_per_dim(shards, CODEC_IMAGES)},
+    )
+
+
+def tell(records: Records, checkpoint: Checkpoint, config: Config, as_json: bool) -> None:
+    """Tell the figure, and refuse one that the model's inverse or solver cannot stand for."""
+    result = records.read_result()
+    say(f"{checkpoint.path}: {result['summary']}; see {records.folder}")
+    if (page := run_of(checkpoint) / REPORT).exists():
+        write_report(page.parent)
+    if as_json:
+        report(result)
+    limits = config.evaluate
+    refuse_untrusted(
+        Evaluation.from_dict(result), limits.round_trip_limit, limits.solver_gap_limit
     )
 
 

@@ -16,9 +16,9 @@ from glowscale.config import parse_config
 from glowscale.data import ShardSet
 from glowscale.distributed import start_accelerator
 from glowscale.errors import UserError
-from glowscale.evaluation import evaluate
+from glowscale.evaluation import SolverGapError, evaluate
 from glowscale.models import Ffjord
-from glowscale.training import SolverGapError, Trainer
+from glowscale.training import Trainer
 from tests.conftest import Runner, final_tensors, perturb
 
 

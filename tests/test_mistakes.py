@@ -11,9 +11,10 @@ import yaml
 from safetensors.torch import load_file
 
 from glowscale.checkpoint import find_checkpoint
+from glowscale.data.writer import pack_split
 from glowscale.files import sha256_of
 from glowscale.training.lock import RunLock
-from tests.conftest import ROOT, Caller, Runner, job_command, job_environment
+from tests.conftest import ROOT, Caller, Runner, job_command, job_environment, random_split
 
 
 @pytest.fixture
@@ -225,6 +226,104 @@ def test_other_mistakes_end_in_a_sentence_too(
     assert code == 1
     assert re.search(f"Error: .*{sentence}", err.splitlines()[-1]), err
     assert not (tmp_path / "new").exists()
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "shape": (
+        ["evaluate.py", "--data", "other/test"],
+        r"other/test holds images of shape \(1, 4, 4\) with 16 grey levels; the model is for "
+        r"\(1, 8, 8\) with 16\.",
+    ),
+    "grey levels": (
+        ["evaluate.py", "--data", "fewer/test"],
+        r"fewer/test holds images of shape \(1, 8, 8\) with 4 grey levels; the model is for "
+        r"\(1, 8, 8\) with 16\.",
+    ),
+    "another evaluation's folder": (
+        ["evaluate.py", "--out", "evaluation", "--seed", "1"],
+        r"evaluation holds other work: its seed is 0, not 1; choose another folder\.",
+    ),
+    "samples' folder": (
+        ["evaluate.py", "--out", "samples"],
+        r"samples holds other work: its \w+ is .*; choose another folder\.",
+    ),
+    "another job's samples": (
+        ["sample.py", "--out", "samples", "--count", "20", "--temperature", "0.5"],
+        r"samples holds other work: its temperature is 1\.0, not 0\.5; choose another folder\.",
+    ),
+    "no such class": (
+        ["sample.py", "--out", "new", "--count", "20", "--class", "d"],
+        r"The model has no class 'd'; it has a, b, c\.",
+    ),
+    "a class by its number": (
+        ["sample.py", "--out", "new", "--count", "20", "--class", "3"],
+        r"The model has no class '3'; it has a, b, c\.",
+    ),
+    "no folder": (
+        ["sample.py", "--out", "config.yaml", "--count", "20"],
+        r".*config\.yaml: (File exists|Not a directory)\.",
+    ),
+}
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_does_not_fit_is_neither_scored_nor_sampled(
+    config_dict: dict[str, Any],
+    tmp_path: Path,
+    call_job: Caller,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config_dict["train"]["images"] = 16
+    config_dict["model"]["class_channels"] = 4
+    Path("config.yaml").write_text(yaml.safe_dump(config_dict))
+    pack_split(random_split("test", 9, (1, 4, 4)), Path("other/test"), 9)
+    pack_split(random_split("test", 9, grey_levels=4), Path("fewer/test"), 9)
+    assert call_job("train.py", "config.yaml")[0] == 0
+    assert call_job("evaluate.py", "run", "--out", "evaluation")[0] == 0
+    assert call_job("sample.py", "run", "--out", "samples", "--count", 20)[0] == 0
+    before = contents(tmp_path)
+    for name, ((script, *options), sentence) in REFUSED.items():
+        code, out, err = call_job(script, "run", *options)
+        assert code == 1, name
+        assert out == ""
+        assert re.fullmatch(f"Error: {sentence}", err.splitlines()[-1]), err
+        assert contents(tmp_path) == before, name
+
+
+def test_an_evaluation_on_a_full_disk_goes_on_when_there_is_room(
+    trained: Path, tmp_path: Path, call_job: Caller, small_disk: Path
+) -> None:
+    filler, out = small_disk / "filler", small_disk / "evaluation"
+    filler.write_bytes(b"x" * 240_000)
+    options = (tmp_path / "run", "--batch", 1, "--out", out)
+    full = call_job("evaluate.py", *options)
+    assert_sentence(full, r".*: No space left on device\.", "No space left on device")
+    assert any(out.glob("block-*.safetensors"))
+    assert not [*out.glob("*.partial")]
+    filler.unlink()
+    assert call_job("evaluate.py", *options)[0] == 0
+    assert call_job("evaluate.py", *options[:-1], tmp_path / "whole")[0] == 0
+    assert (out / "images.csv").read_bytes() == (tmp_path / "whole/images.csv").read_bytes()
+
+
+def test_a_figure_that_its_model_cannot_stand_for_is_kept_and_refused(
+    config_dict: dict[str, Any], tmp_path: Path, call_job: Caller
+) -> None:
+    config_dict["train"]["images"] = 16
+    config_dict["evaluate"]["round_trip_limit"] = 1e-9
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_dict))
+    sentence = r"The round trip of images is off by \S+ grey levels, more than .*=1e-09: .*\."
+    trained = call_job("train.py", tmp_path / "config.yaml")
+    assert_sentence(trained, sentence, "The round trip of")
+    for _ in ("scores", "finds the scores"):
+        code, _, err = call_job("evaluate.py", tmp_path / "run", "--out", tmp_path / "kept")
+        assert code == 1
+        assert re.fullmatch(f"Error: {sentence}", err.splitlines()[-1]), err
+        assert (tmp_path / "kept" / "result.json").exists()
 
 
 def test_options_of_sources_that_do_not_fit_are_named(tmp_path: Path, call_job: Caller) -> None:

@@ -68,6 +68,7 @@ def test_sampling_killed_at_twenty_moments_makes_every_image_once(
     hits = kill_and_finish(trained, tmp_path / "killed", 6000, 30, kills=20)
     assert hits == 20
     assert images_of(tmp_path / "killed") == images_of(tmp_path / "whole")
+    assert not [*(tmp_path / "killed").glob("*.partial")]
 
 
 @pytest.mark.long

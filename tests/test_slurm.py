@@ -23,7 +23,7 @@ import webdataset
 import yaml
 
 from glowscale.checkpoint import find_checkpoint, read_checkpoint
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Runner
 from tests.slurm_cluster import SlurmCluster, slurm_cluster
 
 pytestmark = pytest.mark.xdist_group("slurm")
@@ -223,6 +223,18 @@ def array(hall: Hall, trained: "Future[Job]") -> list[Job]:
     return parts
 
 
+def evaluation(hall: Hall, trained: "Future[Job]") -> Job:
+    """An evaluation that is signalled in its midst, as when its time is up."""
+    out = hall.folder / "evaluation"
+    arguments = (trained.result().run, "--batch", 1, "--importance-samples", 300, "--out", out)
+    script = ROOT / "slurm" / "evaluate.sbatch"
+    job = hall.submit("evaluation", script, *arguments, options=("--nodes=1",))
+    job.until(lambda: any(out.glob("block-*")), "scores a block")
+    hall.cluster.scancel(job.id, "--signal=USR1", "--batch")
+    job.ends("COMPLETED")
+    return job
+
+
 Jobs = tuple[Hall, dict[str, Future[Any]]]
 
 
@@ -244,8 +256,11 @@ def jobs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[J
             "scancel --full": pool.submit(signalled, hall, "full", "--full"),
             "cancelled": pool.submit(cancelled, hall),
         }
-        array_of_jobs = pool.submit(array, hall, under_way["uninterrupted"])
-        yield hall, {**under_way, "array": array_of_jobs}
+        of_the_trained = {
+            "array": pool.submit(array, hall, under_way["uninterrupted"]),
+            "evaluation": pool.submit(evaluation, hall, under_way["uninterrupted"]),
+        }
+        yield hall, {**under_way, **of_the_trained}
         pool.shutdown(cancel_futures=True)
 
 
@@ -344,6 +359,19 @@ def test_an_array_s_dead_task_is_requeued_alone_and_all_images_are_made_once(
     shards = [str(path) for path in sorted(parts[0].run.glob("*.tar"))]
     keys = [s["__key__"] for s in webdataset.WebDataset(shards, shardshuffle=False)]
     assert keys == [f"{i:09d}" for i in range(SAMPLES)]
+
+
+def test_a_signalled_evaluation_requeues_itself_and_ends_with_the_same_figure(
+    jobs: Jobs, near_job: Runner, tmp_path: Path
+) -> None:
+    job: Job = jobs[1]["evaluation"].result()
+    assert job.cluster.restarts(job.id) == 1
+    assert "ended with status 75; it is requeued" in job.text()
+    trained: Job = jobs[1]["uninterrupted"].result()
+    options = ("--batch", 1, "--importance-samples", 300, "--out", tmp_path / "whole")
+    near_job("evaluate.py", trained.run, *options)
+    tables = [(folder / "images.csv").read_bytes() for folder in (job.run, tmp_path / "whole")]
+    assert tables[0] == tables[1]
 
 
 def test_a_job_that_loses_a_node_goes_on_when_it_is_back_to_the_same_bits(jobs: Jobs) -> None:

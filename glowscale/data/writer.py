@@ -17,7 +17,15 @@ from glowscale.data.journal import Journal, Part
 from glowscale.data.manifest import MANIFEST, Fingerprint, Manifest, Shard, load_manifest
 from glowscale.data.sources import Sample, Split
 from glowscale.data.tar import read_samples
-from glowscale.files import TEMPORARY, alone_in, claim_folder, naming, sha256_of, sync
+from glowscale.files import (
+    TEMPORARY,
+    alone_in,
+    claim_folder,
+    naming,
+    remove_partials,
+    sha256_of,
+    sync,
+)
 from glowscale.randomness import generator
 
 NOTE = "packing.json"
@@ -189,6 +197,7 @@ def write_shard(path: Path, samples: Iterable[Encoded]) -> tuple[Shard, list[int
     The bytes depend on the samples alone, and the file appears whole or not at all; where there
     are no samples there is no file.
     """
+    remove_partials(path)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     count = 0
     try:

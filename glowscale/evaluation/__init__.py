@@ -9,12 +9,15 @@ from glowscale.evaluation.histogram import histogram_bits_per_dim
 from glowscale.evaluation.records import Records
 from glowscale.evaluation.result import Evaluation
 from glowscale.evaluation.scoring import score_block
+from glowscale.evaluation.trust import RoundTripError, SolverGapError, refuse_untrusted
 
 __all__ = [
     "ComparisonError",
     "Difference",
     "Evaluation",
     "Records",
+    "RoundTripError",
+    "SolverGapError",
     "bits_per_dim",
     "check_fits",
     "codec_bits_per_dim",
@@ -22,5 +25,6 @@ __all__ = [
     "evaluate",
     "histogram_bits_per_dim",
     "refuse_unlabelled",
+    "refuse_untrusted",
     "score_block",
 ]

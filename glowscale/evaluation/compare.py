@@ -44,7 +44,7 @@ class Difference:
         return asdict(self)
 
 
-MUST_AGREE = {"data": "data", "images": "number of images"}
+MUST_AGREE = {"fingerprint": "data", "images": "number of images"}
 TOLD = ("dequantization", "importance_samples", "probes", "weights", "seed")
 
 

@@ -77,7 +77,7 @@ class Records:
         content = {"format": FORMAT, "summary": str(result), **result.to_dict()}
         content |= {**self.identity, "images": result.images, **more}
         write_atomically(self.folder / RESULT, json.dumps(content, indent=1).encode())
-        for path in self.folder.glob("block-*.safetensors"):
+        for path in self.folder.glob("block-*"):  # and what killed processes left of some
             path.unlink(missing_ok=True)
 
     def _block(self, indices: range) -> Path:

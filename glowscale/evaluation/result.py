@@ -1,7 +1,8 @@
 """The outcome of an evaluation."""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -53,6 +54,18 @@ class Evaluation:
             f"{samples}, {single}{probes}{gap}data {self.fingerprint[:8]}, round trip off by "
             f"{self.round_trip_error:.1e}, of prior samples by {self.prior_round_trip_error:.1e})"
         )
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Evaluation":
+        """What `to_dict` gave, and JSON kept; a figure that was not finite is nan."""
+        optional = {"standard_error", "trace_standard_error", "solver_gap"}
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            value = content[field.name]
+            values[field.name] = (
+                math.nan if value is None and field.name not in optional else value
+            )
+        return cls(**values | {"image_shape": tuple(values["image_shape"])})
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON; a figure that is not finite is None."""

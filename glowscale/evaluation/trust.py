@@ -6,13 +6,55 @@ import torch
 from torch import Tensor
 
 from glowscale.data import Batch
+from glowscale.errors import UserError
 from glowscale.evaluation.bits import bits_per_dim
+from glowscale.evaluation.result import Evaluation
 from glowscale.evaluation.scoring import noise_keys, score_block
 from glowscale.models import MultiscaleFlow
 from glowscale.sampling import draw_continuous
 
 ROUND_TRIPS = 8
 """Images, and samples, whose round trip is measured."""
+
+
+class RoundTripError(UserError):
+    """A model whose inverse does not bring images back."""
+
+
+class SolverGapError(UserError):
+    """A continuous flow whose bits/dim are its solver's doing."""
+
+
+def refuse_untrusted(
+    result: Evaluation, round_trip_limit: float | None, solver_gap_limit: float | None
+) -> None:
+    """Refuse a figure that its model's inverse or its solver cannot stand for.
+
+    Args:
+        result: what was measured.
+        round_trip_limit: of both round trips, in grey levels; None allows anything.
+        solver_gap_limit: of a continuous flow's distance to a tight solve, in bits/dim; likewise.
+
+    Raises:
+        RoundTripError: if the round trip of images or of samples is off by more.
+        SolverGapError: if a tight solve gives another figure by more.
+    """
+    errors = {"images": result.round_trip_error, "samples": result.prior_round_trip_error}
+    for what, error in errors.items():
+        if round_trip_limit is not None and not error <= round_trip_limit:
+            raise RoundTripError(
+                f"The round trip of {what} is off by {error:.3g} grey levels, more than "
+                f"evaluate.round_trip_limit={round_trip_limit:g}: the model's inverse cannot be "
+                f"trusted; lower train.optimizer.lr, bound model.scale, or allow more (null: "
+                f"anything)."
+            )
+    gap = result.solver_gap
+    if gap is not None and solver_gap_limit is not None and not abs(gap) <= solver_gap_limit:
+        raise SolverGapError(
+            f"The solver's bits/dim differ by {gap:+.3g} from those of a tight solve, more than "
+            f"evaluate.solver_gap_limit={solver_gap_limit:g}: take more steps in model.solver and "
+            f"model.evaluation_solver, raise model.frobenius, or allow more (null: anything)."
+        )
 
 
 def measure_trust(model: MultiscaleFlow, block: Batch, seed: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Training: the loop, the masked update, the optimizer, averaged weights and the run folder."""
 
-from glowscale.training.reports import RoundTripError, SolverGapError
 from glowscale.training.trainer import Trainer
 from glowscale.training.update import NonFiniteError
 
-__all__ = ["NonFiniteError", "RoundTripError", "SolverGapError", "Trainer"]
+__all__ = ["NonFiniteError", "Trainer"]

@@ -14,8 +14,7 @@ from tqdm import tqdm
 from glowscale.config import Config
 from glowscale.data import ShardSet
 from glowscale.distributed import failing_together
-from glowscale.errors import UserError
-from glowscale.evaluation import Evaluation, evaluate
+from glowscale.evaluation import Evaluation, evaluate, refuse_untrusted
 from glowscale.jobs import say
 from glowscale.pictures import save_curves
 from glowscale.report import write_report
@@ -25,14 +24,6 @@ from glowscale.training.environment import describe_environment
 from glowscale.training.run_folder import RunFolder
 from glowscale.training.state import TrainingState
 from glowscale.training.trackers import log_picture
-
-
-class RoundTripError(UserError):
-    """A model whose inverse does not bring images back."""
-
-
-class SolverGapError(UserError):
-    """A continuous flow whose bits/dim are its solver's doing."""
 
 
 class Reports:
@@ -109,8 +100,7 @@ class Reports:
         self._record("held_out", {key: getattr(result, key) for key in figures})
         self.save_curves()
         self.save_page()
-        self.refuse_round_trip(result)
-        self.refuse_solver_gap(result)
+        self._refuse_untrusted(result)
 
     def evaluate(self, images: int | None = None) -> Evaluation:
         """Bits/dim of the averaged weights on the first so many held-out images, or on all."""
@@ -128,32 +118,8 @@ class Reports:
             stopping=self.stopping,
         )
 
-    def refuse_round_trip(self, result: Evaluation) -> None:
-        """Raise RoundTripError where an evaluation's round trips are off by too much."""
-        limit = self.config.evaluate.round_trip_limit
-        errors = {"images": result.round_trip_error, "samples": result.prior_round_trip_error}
-        for what, error in errors.items():
-            if limit is not None and not error <= limit:
-                raise RoundTripError(
-                    f"At image {self.state.images:,} the round trip of {what} is off by "
-                    f"{error:.3g} grey levels, more than evaluate.round_trip_limit={limit:g}: the "
-                    f"model's inverse cannot be trusted; lower train.optimizer.lr, bound "
-                    f"model.scale, or allow more (null: anything)."
-                )
-
-    def refuse_solver_gap(self, result: Evaluation) -> None:
-        """Raise SolverGapError where a tight solve gives another figure by too much."""
-        limit, gap = self.config.evaluate.solver_gap_limit, result.solver_gap
-        if gap is not None and limit is not None and not abs(gap) <= limit:
-            raise SolverGapError(
-                f"At image {self.state.images:,} the solver's bits/dim differ by {gap:+.3g} from "
-                f"those of a tight solve, more than evaluate.solver_gap_limit={limit:g}: take "
-                f"more steps in model.solver and model.evaluation_solver, raise model.frobenius, "
-                f"or allow more (null: anything)."
-            )
-
     def finish(self) -> Evaluation:
-        """The figure over all held-out images, and the last pictures."""
+        """The figure over all held-out images, and the last pictures; raises as the above."""
         result = self.evaluate()
         self.save_samples("samples.png")
         self.save_curves()
@@ -161,6 +127,7 @@ class Reports:
             if self.is_main:
                 self.folder.save_evaluation(self.state.images, result)
         self.save_page()
+        self._refuse_untrusted(result)
         return result
 
     def save_environment(self) -> None:
@@ -202,6 +169,10 @@ class Reports:
             else:
                 grid = np.asarray(Image.open(path))
                 log_picture(self.accelerator, "samples", grid, self.state.images)
+
+    def _refuse_untrusted(self, result: Evaluation) -> None:
+        limits = self.config.evaluate
+        refuse_untrusted(result, limits.round_trip_limit, limits.solver_gap_limit)
 
     def _record(
         self, kind: str, values: dict[str, Any], times: dict[str, float] | None = None
