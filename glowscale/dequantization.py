@@ -16,6 +16,7 @@ from glowscale.bijections import (
     Squeeze,
     Unsqueeze,
 )
+from glowscale.bijections.activations import Activations, apply_keeping
 from glowscale.distributions import standard_normal_log_prob
 from glowscale.networks import ContextNetwork, ConvolutionalNetwork
 
@@ -61,6 +62,7 @@ class VariationalDequantizer(Dequantizer):
         depth: coupling steps.
         hidden_channels: channels of the couplings' networks.
         context_channels: features that the couplings read of the image.
+        activations: what the steps keep for the backward pass, see `apply_keeping`.
     """
 
     name = "variational"
@@ -73,8 +75,10 @@ class VariationalDequantizer(Dequantizer):
         depth: int = 4,
         hidden_channels: int = 64,
         context_channels: int = 32,
+        activations: Activations = "store",
     ) -> None:
         super().__init__()
+        self.activations = activations
         self.grey_levels = grey_levels
         self.squeeze = Squeeze()
         channels = self.squeeze.output_shape(image_shape)[0]
@@ -85,11 +89,14 @@ class VariationalDequantizer(Dequantizer):
                 channels // 2, channels, hidden_channels, context_channels
             )
             steps.append(FlowStep(channels, AffineCoupling(network)))
-        self.flow = Sequential([self.squeeze, *steps, Unsqueeze(), Sigmoid()])
+        self.flow = Sequential([self.squeeze, *steps, Unsqueeze()])
+        self.sigmoid = Sigmoid()  # whose inverse is not exact enough to rebuild its input
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Turn normal noise (B, C, H, W) into u ~ q(u|x) and add it."""
         pixels = images.to(noise.dtype)
         folded, _ = self.squeeze(pixels / self.grey_levels - 0.5)
-        u, log_det = self.flow(noise, self.context(folded))
-        return pixels + u, standard_normal_log_prob(noise) - log_det
+        context = self.context(folded)
+        y, log_det = apply_keeping(self.activations, self.flow, noise, context)
+        u, sigmoid_log_det = self.sigmoid(y)
+        return pixels + u, standard_normal_log_prob(noise) - log_det - sigmoid_log_det

@@ -17,13 +17,15 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import continuous, sampling, saves, streams
+from benchmarks import continuous, memory, sampling, saves, streams, training
 
 from glowscale.jobs import job, report, run
 
 BENCHMARKS = {
     "data": (streams, "the training stream"),
     "checkpoint": (saves, "what a save costs the training"),
+    "train": (training, "a step of Glow's training beside normflows' and the floor"),
+    "memory": (memory, "what a step of Glow's training keeps, by train.activations"),
     "sample": (sampling, "the job of sampling beside the model alone"),
     "ffjord": (continuous, "a step of a continuous flow"),
 }

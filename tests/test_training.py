@@ -18,6 +18,7 @@ from glowscale.models import MultiscaleFlow
 from glowscale.training import Trainer
 from glowscale.training.ema import EMA
 from glowscale.training.optimizer import learning_rate
+from glowscale.training.update import DriftError
 from tests.conftest import (
     Runner,
     final_tensors,
@@ -67,6 +68,42 @@ def test_two_processes_train_as_one(
         )
         for key in one:
             torch.testing.assert_close(one[key], two[key], rtol=0, atol=1e-8, msg=key)
+
+
+def test_inverting_on_two_processes_trains_as_storing_on_one(
+    config_dict: dict[str, Any], tmp_path: Path, run_job: Runner, near_job: Runner
+) -> None:
+    config_dict["model"]["class_channels"] = 4
+    config_dict["train"] |= {"precision": "float64", "images": 160}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_dict))
+    runs = [tmp_path / "stored", tmp_path / "inverted"]
+    near_job("train.py", tmp_path / "c.yaml", f"run.dir={runs[0]}")
+    options = ["train.activations=invert", "train.micro_batch=3", "log.every=16"]
+    run_job("train.py", tmp_path / "c.yaml", f"run.dir={runs[1]}", *options, processes=2)
+    one, other = map(final_tensors, runs)
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(value, other[key], rtol=0, atol=1e-8, msg=key)
+    lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    drifts = [line["drift"] for line in lines if line["kind"] == "train"]
+    assert all(0 < drift < 1e-10 for drift in drifts)
+
+
+def test_activations_that_drift_end_the_run_before_they_reach_the_weights(
+    config_dict: dict[str, Any], tmp_path: Path
+) -> None:
+    config_dict["train"] |= {"activations": "invert", "drift_limit": 1e-12}
+    trainer = Trainer(parse_config(config_dict), start_accelerator())
+    before = {key: x.clone() for key, x in trainer.state.model.state_dict().items()}
+    with pytest.raises(DriftError, match=r"At image 16 the input of levels\.1\.bijections\.[12] "):
+        trainer.train()
+    for key, value in trainer.state.model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    content = json.loads(json.dumps(config_dict))
+    content["model"] = {"family": "ffjord", "levels": 1, "hidden_channels": [4]}
+    content["run"]["dir"] = str(tmp_path / "continuous")
+    with pytest.raises(ConfigError, match=r"train\.activations must be 'store', not 'invert'"):
+        Trainer(parse_config(content), start_accelerator())
 
 
 def test_a_run_may_go_on_with_another_number_of_processes(

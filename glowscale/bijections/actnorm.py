@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +31,11 @@ class ActNorm(Bijection):
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.tensor(False))
+        self._reduce: Reduce | None = None
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalize x (B, C, ...)."""
+        self.prepare(x)
         positions = math.prod(x.shape[2:])
         log_det = (positions * self.log_scale.sum()).expand(x.shape[0])
         return x * _per_channel(self.log_scale.exp(), x) + _per_channel(self.bias, x), log_det
@@ -42,6 +43,11 @@ class ActNorm(Bijection):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Undo the normalization."""
         return (z - _per_channel(self.bias, z)) * _per_channel((-self.log_scale).exp(), z)
+
+    def prepare(self, x: Tensor) -> None:
+        """Within `initializing`, take the statistics of the first x; otherwise nothing."""
+        if self._reduce and not self.initialized:
+            self.initialize(x, self._reduce)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, reduce: Reduce) -> None:
@@ -67,18 +73,14 @@ def initializing(module: nn.Module, reduce: Reduce) -> Iterator[None]:
     Each uninitialized ActNorm takes its statistics from the input that reaches it, through the
     already initialized layers before it. All ranks must run the same pass.
     """
-
-    def initialize(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(layer, ActNorm) and not layer.initialized:
-            layer.initialize(args[0], reduce)
-
     layers = [layer for layer in module.modules() if isinstance(layer, ActNorm)]
-    hooks = [layer.register_forward_pre_hook(initialize) for layer in layers]
+    for layer in layers:
+        layer._reduce = reduce
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer in layers:
+            layer._reduce = None
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:

@@ -1,14 +1,28 @@
 """What every bijection is: `forward` maps data to latent and measures it, `inverse` undoes it."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
 """A tensor's shape without its batch dimension; an image's is (C, H, W)."""
+
+
+class Gradients(NamedTuple):
+    """Of a loss, with respect to what went into a bijection."""
+
+    x: Tensor
+    context: Tensor | None
+    parameters: tuple[Tensor | None, ...]
+    """In the order of the bijection's `parameters()`."""
+
+
+Pullback = Callable[[Tensor, Tensor], Gradients]
+"""From the gradients of a bijection's z (B, ...) and log_det (B,) to those of what went in."""
 
 
 class Bijection(nn.Module):
@@ -19,6 +33,9 @@ class Bijection(nn.Module):
     `inverse(z, context) -> x` undoes it and never changes state. `context` (B, ...) is what a
     conditional bijection depends on; others ignore it.
     """
+
+    drift: Tensor | None = None
+    """How far x was off at most, a scalar, where it was rebuilt from z for the gradients."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x (B, ...) to z (B, ...); return it with log|det dz/dx|, (B,)."""
@@ -31,6 +48,39 @@ class Bijection(nn.Module):
     def output_shape(self, shape: Shape) -> Shape:
         """Shape of z for x of `shape`, both without the batch; raises ValueError if unfit."""
         return shape
+
+    def differentiate(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Pullback]:
+        """As `forward`, outside of any graph; also what takes gradients back, once."""
+        x = x.detach().requires_grad_()
+        wanted = [x, *self.parameters()]
+        if context is not None:
+            context = context.detach().requires_grad_()
+            wanted.append(context)
+        with torch.enable_grad():
+            z, log_det = self(x, context)
+
+        def pullback(grad_z: Tensor, grad_log_det: Tensor) -> Gradients:
+            outputs, gradients = (z, log_det), (grad_z, grad_log_det)
+            of_x, *others = gradients_of(outputs, wanted, gradients)
+            of_context = None if context is None else others.pop()
+            return Gradients(cast("Tensor", of_x), of_context, tuple(others))
+
+        return z.detach(), log_det.detach(), pullback
+
+    def rebuild(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Pullback]:
+        """As `inverse`, outside of any graph; also what takes gradients from z to x, once."""
+        with torch.no_grad():
+            x = self.inverse(z, context)
+        return x, self.differentiate(x, context)[2]
+
+    def note_drift(self, difference: Tensor) -> None:
+        """Keep the largest difference in `drift`; infinity where there is no number."""
+        if not difference.numel():
+            return
+        drift = difference.abs().amax().nan_to_num(nan=math.inf)
+        self.drift = drift if self.drift is None else torch.maximum(self.drift, drift)
 
 
 class Sequential(Bijection):
@@ -68,9 +118,25 @@ class Sequential(Bijection):
         return shape
 
 
+def gradients_of(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of the inputs from those of the outputs; None for what they do not depend on."""
+    pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
+    wanted = [x for x in inputs if x.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [y for y, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
+        )
+        if pairs
+        else [None] * len(wanted)
+    )
+    return [next(found) if x.requires_grad else None for x in inputs]
+
+
 def sum_per_image(x: Tensor) -> Tensor:
     """Sum all but the batch dimension: (B, ...) to (B,)."""
-    return x.flatten(1).sum(1)
+    return x.sum(tuple(range(1, x.dim())))
 
 
 def zero_log_det(x: Tensor) -> Tensor:

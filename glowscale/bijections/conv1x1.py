@@ -26,10 +26,22 @@ class Invertible1x1Conv(Bijection):
         """Mix the channels of x (B, C, H, W)."""
         with full_precision(x):
             matrix, log_det = self.matrix()
-            z = F.conv2d(x, matrix[:, :, None, None])
+            z = mix_channels(x, matrix)
         return z, (math.prod(x.shape[2:]) * log_det).expand(x.shape[0])
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Unmix the channels."""
         with full_precision(z):
-            return F.conv2d(z, self.matrix.inverse_matrix()[:, :, None, None])
+            return mix_channels(z, self.matrix.inverse_matrix())
+
+
+def mix_channels(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """W x + b at every pixel of x (B, C, H, W), as one product of matrices."""
+    batch, channels, height, width = x.shape
+    z = F.linear(pixels_of(x), matrix, bias)
+    return z.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def pixels_of(x: Tensor) -> Tensor:
+    """(B, C, H, W) to (B·H·W, C); of images channels-last without a copy."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])

@@ -1,12 +1,20 @@
 """Coupling: one part of the channels is transformed by what a network reads in the other."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from glowscale.bijections.base import Bijection, soft_clamp, sum_per_image, zero_log_det
+from glowscale.bijections.base import (
+    Bijection,
+    Gradients,
+    Pullback,
+    gradients_of,
+    soft_clamp,
+    sum_per_image,
+    zero_log_det,
+)
 
 LOG_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": lambda raw: soft_clamp(raw, 2.0),
@@ -36,15 +44,58 @@ class Coupling(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Transform the second part of x (B, C, H, W)."""
-        kept, rest = _split_channels(x)
+        kept, rest = split_channels(x)
         rest, log_det = self.transform(rest, self.network(kept, context).to(x.dtype))
         return torch.cat([kept, rest], 1), log_det
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Undo it: the kept channels still tell the parameters."""
-        kept, rest = _split_channels(z)
+        kept, rest = split_channels(z)
         rest = self.untransform(rest, self.network(kept, context).to(z.dtype))
         return torch.cat([kept, rest], 1)
+
+    def differentiate(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Pullback]:
+        """As `forward`, outside of any graph; also what takes gradients back, once."""
+        kept, rest = split_channels(x.detach())
+        return self._differentiate(self._read(kept, context, x.dtype), rest)
+
+    def rebuild(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Pullback]:
+        """As `inverse`; the network's one pass serves the inverse and the gradients alike."""
+        kept, rest = split_channels(z.detach())
+        reading = self._read(kept, context, z.dtype)
+        with torch.no_grad():
+            rest = self.untransform(rest, reading.parameters)
+        return torch.cat([kept, rest], 1), self._differentiate(reading, rest)[2]
+
+    def _read(self, kept: Tensor, context: Tensor | None, dtype: torch.dtype) -> "_Reading":
+        """Let the network read the kept channels, in a graph that begins with them."""
+        kept = kept.detach().requires_grad_()
+        context = None if context is None else context.detach().requires_grad_()
+        with torch.enable_grad():
+            return _Reading(kept, context, self.network(kept, context).to(dtype))
+
+    def _differentiate(self, reading: "_Reading", rest: Tensor) -> tuple[Tensor, Tensor, Pullback]:
+        kept, context, parameters = reading
+        rest = rest.detach().requires_grad_()
+        with torch.enable_grad():
+            changed, log_det = self.transform(rest, parameters)
+        wanted = [rest, kept, *self.network.parameters()]
+        if context is not None:
+            wanted.append(context)
+
+        def pullback(grad_z: Tensor, grad_log_det: Tensor) -> Gradients:
+            of_kept, of_changed = split_channels(grad_z)
+            outputs, gradients = (changed, log_det), (of_changed, grad_log_det)
+            of_rest, by_network, *others = gradients_of(outputs, wanted, gradients)
+            of_context = None if context is None else others.pop()
+            if by_network is not None:
+                of_kept = of_kept + by_network
+            of_x = torch.cat([of_kept, cast("Tensor", of_rest)], 1)
+            return Gradients(of_x, of_context, tuple(others))
+
+        return torch.cat([kept.detach(), changed.detach()], 1), log_det.detach(), pullback
 
     def transform(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Map the transformed channels x; return them with the log-det (B,)."""
@@ -53,6 +104,14 @@ class Coupling(Bijection):
     def untransform(self, z: Tensor, parameters: Tensor) -> Tensor:
         """Undo `transform`."""
         raise TypeError(f"{type(self).__name__} must define untransform(z, parameters).")
+
+
+class _Reading(NamedTuple):
+    """What a coupling's network read, and said."""
+
+    kept: Tensor
+    context: Tensor | None
+    parameters: Tensor
 
 
 class AffineCoupling(Coupling):
@@ -96,8 +155,9 @@ class AdditiveCoupling(Coupling):
         return z - parameters
 
 
-def _split_channels(x: Tensor) -> tuple[Tensor, Tensor]:
+def split_channels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The first half of the channels of x (B, C, H, W), and the rest."""
     if x.shape[1] < 2:
         raise ValueError(f"A coupling needs at least 2 channels, not {x.shape[1]}; squeeze first.")
-    kept = x.shape[1] // 2
-    return x[:, :kept], x[:, kept:]
+    kept, rest = torch.split(x, [x.shape[1] // 2, (x.shape[1] + 1) // 2], dim=1)
+    return kept, rest

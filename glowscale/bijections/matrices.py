@@ -1,7 +1,21 @@
 """Parametrizations of an invertible matrix, for the linear bijections."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+
+from glowscale.bijections.base import gradients_of
+
+
+class Parametrized(NamedTuple):
+    """A matrix outside of any graph, and the way back to its parameters."""
+
+    matrix: Tensor
+    log_det: Tensor
+    pullback: Callable[[Tensor, Tensor], tuple[Tensor | None, ...]]
+    """From the gradients of both to those of the parameters, in their order, once."""
 
 
 class InvertibleMatrix(nn.Module):
@@ -12,9 +26,20 @@ class InvertibleMatrix(nn.Module):
         raise TypeError(f"{type(self).__name__} must define forward().")
 
     def inverse_matrix(self) -> Tensor:
-        """W⁻¹ (D, D), computed in float64."""
+        """W⁻¹ (D, D), computed in float64; not finite where there is none."""
         matrix, _ = self()
-        return torch.linalg.inv(matrix.double()).to(matrix.dtype)
+        return torch.linalg.inv_ex(matrix.double()).inverse.to(matrix.dtype)
+
+    def differentiate(self) -> Parametrized:
+        """As `forward`, with the way back."""
+        with torch.enable_grad():
+            matrix, log_det = self()
+
+        def pullback(of_matrix: Tensor, of_log_det: Tensor) -> tuple[Tensor | None, ...]:
+            gradients = (of_matrix, of_log_det)
+            return tuple(gradients_of((matrix, log_det), [*self.parameters()], gradients))
+
+        return Parametrized(matrix.detach(), log_det.detach(), pullback)
 
 
 class PlainMatrix(InvertibleMatrix):
@@ -54,10 +79,28 @@ class LUMatrix(InvertibleMatrix):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The matrix (D, D) and its log|det|."""
+        lower, upper = self._factors()
+        return (lower @ upper)[self.permutation], self.log_diagonal.sum()
+
+    def differentiate(self) -> Parametrized:
+        """As `forward`, with the way back written out."""
+        lower, upper = self._factors()
+        lower, upper = lower.detach(), upper.detach()
+
+        def pullback(of_matrix: Tensor, of_log_det: Tensor) -> tuple[Tensor, ...]:
+            of_product = torch.empty_like(of_matrix).index_copy_(0, self.permutation, of_matrix)
+            of_upper = lower.T @ of_product
+            of_log_diagonal = of_upper.diagonal() * upper.diagonal() + of_log_det
+            return (of_product @ upper.T).tril(-1), of_upper.triu(1), of_log_diagonal
+
+        product = (lower @ upper)[self.permutation]
+        return Parametrized(product, self.log_diagonal.detach().sum(), pullback)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """L with its diagonal of ones, and U + diag(s)."""
         identity = torch.eye(len(self.signs), dtype=self.lower.dtype, device=self.lower.device)
         lower = self.lower.tril(-1) + identity
-        upper = self.upper.triu(1) + torch.diag(self.signs * self.log_diagonal.exp())
-        return (lower @ upper)[self.permutation], self.log_diagonal.sum()
+        return lower, self.upper.triu(1) + torch.diag(self.signs * self.log_diagonal.exp())
 
 
 MATRICES: dict[str, type[InvertibleMatrix]] = {"lu": LUMatrix, "plain": PlainMatrix}

@@ -54,7 +54,8 @@ class Unsqueeze(Bijection):
 
 
 def _squeeze(x: Tensor) -> Tensor:
-    return rearrange(x, "b c (h i) (w j) -> b (c i j) h w", i=2, j=2)
+    folded = rearrange(x, "b c (h i) (w j) -> b h w (c i j)", i=2, j=2)
+    return folded.permute(0, 3, 1, 2)  # channels-last, as whatever comes next wants it
 
 
 def _unsqueeze(z: Tensor) -> Tensor:

@@ -320,6 +320,14 @@ class Train(Section):
     precision: Literal["float32", "bf16", "float64"] = Field(
         "float32", description="of the networks; flow arithmetic is never below float32"
     )
+    activations: Literal["store", "recompute", "invert"] = Field(
+        "store",
+        description="kept for the backward pass: all; each step's input; each level's output, "
+        "from which the rest is rebuilt",
+    )
+    drift_limit: Positive = Field(
+        1e-2, description="how far what invert rebuilds may be off before the run ends"
+    )
     clip: Positive | None = Field(None, description="largest norm of the gradient")
     masked_limit: Count = Field(
         10, description="updates in a row that may be masked as not finite before the run ends"

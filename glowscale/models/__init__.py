@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from glowscale.bijections import AffinePixels, Bijection, LogitPixels
+from glowscale.bijections.activations import Activations
 from glowscale.dequantization import Dequantizer, UniformDequantizer, VariationalDequantizer
 from glowscale.models.ffjord import Ffjord
 from glowscale.models.glow import Glow
@@ -16,7 +17,11 @@ __all__ = ["FAMILIES", "Ffjord", "FlowOutput", "Glow", "MultiscaleFlow", "Split"
 
 
 def build_model(
-    config: Mapping[str, Any], image_shape: tuple[int, int, int], grey_levels: int, classes: int
+    config: Mapping[str, Any],
+    image_shape: tuple[int, int, int],
+    grey_levels: int,
+    classes: int,
+    activations: Activations = "store",
 ) -> MultiscaleFlow:
     """Build the model that the `model` section of a config describes.
 
@@ -25,6 +30,7 @@ def build_model(
         image_shape: (C, H, W).
         grey_levels: number of values that a pixel takes.
         classes: number of classes of the data.
+        activations: what training keeps for the backward pass, see `apply_keeping`.
 
     Raises:
         ValueError: where the model cannot have images of this shape, or needs classes.
@@ -37,21 +43,29 @@ def build_model(
         image_shape,
         grey_levels,
         classes=classes,
-        dequantizer=_dequantizer(arguments.pop("dequantization"), image_shape, grey_levels),
+        dequantizer=_dequantizer(
+            arguments.pop("dequantization"), image_shape, grey_levels, activations
+        ),
         preprocessing=_preprocessing(arguments.pop("preprocessing"), grey_levels),
+        activations=activations,
         **arguments,
     )
 
 
 def _dequantizer(
-    config: Mapping[str, Any], image_shape: tuple[int, int, int], grey_levels: int
+    config: Mapping[str, Any],
+    image_shape: tuple[int, int, int],
+    grey_levels: int,
+    activations: Activations,
 ) -> Dequantizer:
     arguments = dict(config)
     match arguments.pop("kind"):
         case "uniform":
             return UniformDequantizer(**arguments)
         case "variational":
-            return VariationalDequantizer(image_shape, grey_levels, **arguments)
+            return VariationalDequantizer(
+                image_shape, grey_levels, **arguments, activations=activations
+            )
         case kind:
             raise ValueError(f"There is no dequantization {kind!r}, only uniform, variational.")
 

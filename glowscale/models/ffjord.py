@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glowscale.bijections import Bijection, FlowStep, Sequential, Squeeze
+from glowscale.bijections import ActNorm, Bijection, Invertible1x1Conv, Sequential, Squeeze
+from glowscale.bijections.activations import Activations
 from glowscale.bijections.continuous import ContinuousFlow, Gradient, Trace, probing
+from glowscale.bijections.matrices import MATRICES
 from glowscale.bijections.solvers import Solver
 from glowscale.dequantization import Dequantizer
 from glowscale.models.multiscale import FlowOutput, MultiscaleFlow, refuse_odd_sides
@@ -52,9 +54,10 @@ class Ffjord(MultiscaleFlow):
         class_channels: features of a class; 0 makes the model unconditional.
         dequantizer: makes images continuous; uniform if not given.
         preprocessing: from grey levels to the flow's scale; affine if not given.
+        activations: `store` alone; what a flow keeps is told by `gradient`.
 
     Raises:
-        ValueError: where the image's sides cannot be halved so often.
+        ValueError: where the image's sides cannot be halved so often, or for other activations.
 
     >>> model = Ffjord((1, 8, 8), grey_levels=17, levels=2, depth=1, hidden_channels=[16])
     >>> model.latent_shapes
@@ -86,7 +89,13 @@ class Ffjord(MultiscaleFlow):
         class_channels: int = 0,
         dequantizer: Dequantizer | None = None,
         preprocessing: Bijection | None = None,
+        activations: Activations = "store",
     ) -> None:
+        if activations != "store":
+            raise ValueError(
+                f"A continuous flow keeps its ends alone, so train.activations must be 'store', "
+                f"not {activations!r}."
+            )
         refuse_odd_sides(image_shape, levels, squeezes=levels - 1)
         indices = count()
         solvers = [
@@ -104,7 +113,10 @@ class Ffjord(MultiscaleFlow):
                 next(indices),
                 Solver("rk4", steps=fallback_steps),
             )
-            return FlowStep(channels, flow, matrix) if matrix else flow
+            if matrix is None:
+                return flow
+            conv = Invertible1x1Conv(MATRICES[matrix](channels))
+            return Sequential([ActNorm(channels), conv, flow])
 
         def make_flows(channels: int, number: int) -> list[Bijection]:
             return [make_flow(channels) for _ in range(number)]
@@ -181,6 +193,7 @@ class Ffjord(MultiscaleFlow):
 
     def reset_figures(self) -> None:
         """Begin to count evaluations."""
+        super().reset_figures()
         for flow in self.flows:
             flow.evaluations = flow.backward_evaluations = 0
 

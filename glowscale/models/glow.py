@@ -11,6 +11,7 @@ from glowscale.bijections import (
     Sequential,
     Squeeze,
 )
+from glowscale.bijections.activations import Activations
 from glowscale.dequantization import Dequantizer
 from glowscale.models.multiscale import MultiscaleFlow, refuse_odd_sides
 from glowscale.networks import ConvolutionalNetwork
@@ -35,6 +36,7 @@ class Glow(MultiscaleFlow):
         class_channels: features of a class; 0 makes the model unconditional.
         dequantizer: makes images continuous; uniform if not given.
         preprocessing: from grey levels to the flow's scale; affine if not given.
+        activations: what is kept for the backward pass, see `apply_keeping`.
 
     Raises:
         ValueError: where the image's sides cannot be halved `levels` times.
@@ -59,6 +61,7 @@ class Glow(MultiscaleFlow):
         class_channels: int = 0,
         dequantizer: Dequantizer | None = None,
         preprocessing: Bijection | None = None,
+        activations: Activations = "store",
     ) -> None:
         refuse_odd_sides(image_shape, levels, squeezes=levels)
 
@@ -78,6 +81,7 @@ class Glow(MultiscaleFlow):
             preprocessing=preprocessing,
             classes=classes,
             class_channels=class_channels,
+            activations=activations,
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from glowscale.bijections import AffinePixels, Bijection, Shape
+from glowscale.bijections.activations import Activations, apply_keeping
 from glowscale.dequantization import Dequantizer, UniformDequantizer
 from glowscale.distributions import ConditionalGaussian, Gaussian, standard_normal_log_prob
 from glowscale.networks import zero_conv
@@ -77,6 +78,7 @@ class MultiscaleFlow(nn.Module):
         classes: number of classes of the images.
         class_channels: F, the features of a class, which levels and the top prior read; 0 makes
             the model unconditional.
+        activations: what a level keeps for the backward pass, see `apply_keeping`.
 
     Raises:
         ValueError: where a level does not fit the shape that reaches it.
@@ -95,8 +97,10 @@ class MultiscaleFlow(nn.Module):
         preprocessing: Bijection | None = None,
         classes: int = 0,
         class_channels: int = 0,
+        activations: Activations = "store",
     ) -> None:
         super().__init__()
+        self.activations = activations
         if not 2 <= grey_levels <= 256:
             raise ValueError(f"grey_levels is {grey_levels}; it must be from 2 to 256.")
         self.image_shape = image_shape
@@ -165,7 +169,7 @@ class MultiscaleFlow(nn.Module):
         x, total = self.preprocessing(images)
         latents = []
         for index, level in enumerate(self.levels):
-            x, log_det = level(x, context)
+            x, log_det = apply_keeping(self.activations, level, x, context)
             total = total + log_det
             if index < len(self.splits):
                 x, z, log_det = self.splits[index](x)
@@ -198,12 +202,21 @@ class MultiscaleFlow(nn.Module):
         """Within it, a model that solves equations does so as exactly as it can."""
         yield
 
+    def drifts(self) -> dict[str, Tensor]:
+        """By layer, how far its input was off at most where it was rebuilt; see `activations`."""
+        layers = ((name, x) for name, x in self.named_modules() if isinstance(x, Bijection))
+        return {name: layer.drift for name, layer in layers if layer.drift is not None}
+
     def reset_figures(self) -> None:
-        """Begin to count what `figures` tells."""
+        """Begin to count what `figures` and `drifts` tell."""
+        for layer in self.modules():
+            if isinstance(layer, Bijection):
+                layer.drift = None
 
     def figures(self) -> dict[str, float]:
-        """What metrics tell of an update besides its loss; nothing of most models."""
-        return {}
+        """What metrics tell of an update besides its loss."""
+        drifts = [float(drift) for drift in self.drifts().values()]
+        return {"drift": max(drifts)} if drifts else {}
 
     def take_troubles(self) -> list[str]:
         """What went wrong since the last call, and was made good in another way."""

@@ -13,7 +13,7 @@ class Adamax(torch.optim.Optimizer):
     """Adam with the infinity norm (Kingma & Ba 2015, algorithm 2), L2 weight decay.
 
     Where `found_inf`, a tensor that torch's fused optimizers know too, is 1, a step leaves
-    weights and state as they are. The host need not know, so it never waits for the device.
+    weights and state as they are. On a GPU the host need not know, and never waits for it.
 
     Args:
         params: parameters, or groups of them.
@@ -52,35 +52,45 @@ class Adamax(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
-                self._update(parameters, group)
+                self._update(parameters, self._kept(parameters[0]), group)
 
-    def _update(self, parameters: Tensors, group: dict[str, Any]) -> None:
+    def _update(self, parameters: Tensors, kept: Tensor | float, group: dict[str, Any]) -> None:
+        """Take a step of which `kept`, 1 or 0, is kept."""
         (beta1, beta2), eps = group["betas"], group["eps"]
         steps, means, norms = self._state_of(parameters)
-        kept = self._kept(parameters[0])
-        gradients = [p.grad.masked_fill(kept == 0, 0) for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if isinstance(kept, Tensor):
+            gradients = [g.masked_fill(kept == 0, 0) for g in gradients]
+        elif not kept:
+            return
         if group["weight_decay"]:
-            torch._foreach_add_(gradients, parameters, alpha=group["weight_decay"])
-            torch._foreach_mul_(gradients, kept)
+            decay = torch._foreach_mul(parameters, group["weight_decay"] * kept)
+            gradients = list(torch._foreach_add(gradients, decay))
         torch._foreach_mul_(means, 1 - (1 - beta1) * kept)
         torch._foreach_add_(means, gradients, alpha=1 - beta1)
         sizes = torch._foreach_abs(gradients)
         torch._foreach_add_(sizes, eps)
-        torch._foreach_mul_(sizes, kept)
         torch._foreach_mul_(norms, 1 - (1 - beta2) * kept)
+        if isinstance(kept, Tensor):
+            torch._foreach_mul_(sizes, kept)
         torch._foreach_maximum_(norms, sizes)
         torch._foreach_add_(steps, kept)
         rate = group["lr"] * kept / (1 - beta1 ** steps[0].clamp(min=1))
-        changes = torch._foreach_clamp_min(norms, eps)  # a first step that is masked has none
-        torch._foreach_reciprocal_(changes)
-        torch._foreach_mul_(changes, means)
-        torch._foreach_mul_(changes, rate)
-        torch._foreach_sub_(parameters, changes)
+        if isinstance(kept, Tensor):
+            changes = torch._foreach_clamp_min(norms, eps)  # a first step that is masked has none
+            torch._foreach_reciprocal_(changes)
+            torch._foreach_mul_(changes, means)
+            torch._foreach_mul_(changes, rate)
+            torch._foreach_sub_(parameters, changes)
+        else:
+            torch._foreach_addcdiv_(parameters, means, norms, value=-float(rate))
 
-    def _kept(self, like: Tensor) -> Tensor:
-        """1 where the step is taken, 0 where it is masked."""
-        one = torch.ones((), dtype=torch.float64, device=like.device)
-        return one if self.found_inf is None else one - self.found_inf
+    def _kept(self, like: Tensor) -> Tensor | float:
+        """1 where the step is taken, 0 where it is masked; a number where the host knows it."""
+        if self.found_inf is None:
+            return 1.0
+        kept = 1 - self.found_inf.double()
+        return kept if like.is_cuda else float(kept)
 
     def _state_of(self, parameters: Tensors) -> tuple[Tensors, Tensors, Tensors]:
         """Steps, means and norms of the parameters; zeros at first."""

@@ -39,7 +39,13 @@ def plan(
     """
     with torch.device("meta"):  # shapes without memory, so any model can be planned anywhere
         try:
-            model = build_model(config.model.model_dump(), image_shape, grey_levels, classes)
+            model = build_model(
+                config.model.model_dump(),
+                image_shape,
+                grey_levels,
+                classes,
+                config.train.activations,
+            )
         except ValueError as error:
             raise ConfigError(f"The model does not fit the data: {error}") from None
         activations = activation_bytes(model)

@@ -229,6 +229,7 @@ class Trainer:
                 manifest.image_shape,
                 manifest.grey_levels,
                 len(manifest.classes),
+                self.config.train.activations,
             )
         except ValueError as error:
             raise ConfigError(

@@ -27,6 +27,10 @@ class NonFiniteError(UserError):
     """A loss or gradient that is not finite, again and again."""
 
 
+class DriftError(UserError):
+    """Activations that were rebuilt from a layer's output, and are not what they were."""
+
+
 class LostDataError(DataError):
     """More shards than the config tolerates could not be read."""
 
@@ -35,11 +39,12 @@ class Updater:
     """Updates a training state by global batches.
 
     Each step reduces one word over the processes, [bits, valid images, new failures of data,
-    stiff solves, asked to stop], and the host reads what follows from it a step later, without
-    waiting. An update whose loss or gradient is not finite is masked: on all processes together,
-    on the device, so that neither weights nor the optimizer's state see it. Then the images and
-    the layer are named, and so many in a row end the run; so do more unreadable shards than are
-    tolerated, and solves that pass their limits, on every process.
+    stiff solves, asked to stop, activations that drifted], and the host reads what follows from
+    it a step later, without waiting. An update whose loss or gradient is not finite is masked: on
+    all processes together, on the device, so that neither weights nor the optimizer's state see
+    it. Then the images and the layer are named, and so many in a row end the run; so do more
+    unreadable shards than are tolerated, and solves that pass their limits, on every process. An
+    update whose activations drifted while they were rebuilt is masked too, and ends the run.
 
     Args:
         settings: the config's section `train`.
@@ -101,20 +106,22 @@ class Updater:
             len(found),
             int(self.stopping()),
         )
-        local = torch.stack([bits, *(torch.full_like(bits, n) for n in counts)])
-        total, valid, failures, troubles, stops = sum_over_ranks(local)
+        drifted = self._drifted().to(bits)
+        local = torch.stack([bits, *(torch.full_like(bits, n) for n in counts), drifted])
+        total, valid, failures, troubles, stops, drifted = sum_over_ranks(local)
         state.images += settings.batch
         gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
         if self.lost_limit:  # the sum was divided by the whole batch
             torch._foreach_mul_(gradients, settings.batch / valid.clamp(min=1))
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        masked = ~(total.isfinite() & norm.isfinite() & (valid > 0))
+        masked = ~(total.isfinite() & norm.isfinite() & (valid > 0) & (drifted == 0))
         self._step(norm, masked)
         state.ema.update(state.model, settings.batch, state.images)
         none, one = torch.zeros_like(total), torch.ones_like(total)
         taken, left = torch.stack([total, valid, none]), torch.stack([none, none, one])
         state.window += taken.where(~masked, left)
-        self._word.put(torch.stack([masked.to(total), failures, troubles, stops]))
+        drifted = drifted * total.isfinite()  # what is not finite drifts of itself
+        self._word.put(torch.stack([masked.to(total), failures, troubles, stops, drifted]))
         self._last, self._last_troubles = part, found
         return norm
 
@@ -123,10 +130,12 @@ class Updater:
         word = self._word.take()
         if word is None or self._last is None:
             return
-        masked, failures, troubles, stops = word
+        masked, failures, troubles, stops, drifted = word
         self.stop_agreed = self.stop_agreed or bool(stops)
         if failures:
             self._count_lost(self._last.failures)
+        if drifted:
+            self._refuse_drift()
         if masked:
             self._count_masked(self._last.batch)
         else:
@@ -135,6 +144,26 @@ class Updater:
             self._count_stiff()
         else:
             self.state.stiff_in_a_row = 0
+
+    def _drifted(self) -> Tensor:
+        """Whether activations that were rebuilt are off by more than they may, 1 or 0."""
+        drifts = [*self.state.model.drifts().values()]
+        if not drifts:
+            return torch.zeros((), device=self.state.window.device)
+        return (torch.stack(drifts).amax() > self.settings.drift_limit).float()
+
+    def _refuse_drift(self) -> None:
+        """Name the layer, the last of the model that is off: from there on backwards all are."""
+        limit = self.settings.drift_limit
+        drifts = [*self.state.model.drifts().items()]
+        own = [(name, float(drift)) for name, drift in drifts if not float(drift) <= limit]
+        found: list[list[tuple[str, float]]] = gather_object([own[-1:]])
+        name, drift = next(layers[0] for layers in found if layers)
+        raise DriftError(
+            f"At image {self.state.images:,} the input of {name} was rebuilt from its output off "
+            f"by {drift:.3g}, more than train.drift_limit={limit:g}: its inverse is not exact "
+            f"enough; set train.activations=recompute, or bound model.scale."
+        )
 
     def _without_unlabelled(self, part: Slice) -> Slice:
         """Images without the label that the model needs are as good as unreadable."""

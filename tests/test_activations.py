@@ -1,0 +1,200 @@
+"""Training that keeps less: the same gradients, whatever is stored, recomputed or inverted."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from glowscale.bijections import (
+    AdditiveCoupling,
+    AffineCoupling,
+    Bijection,
+    FlowStep,
+    LUMatrix,
+    PlainMatrix,
+    Sequential,
+    Squeeze,
+)
+from glowscale.bijections.activations import Activations, apply_keeping
+from glowscale.dequantization import VariationalDequantizer
+from glowscale.models import MultiscaleFlow
+from glowscale.networks import ConvolutionalNetwork
+from tests.conftest import perturb, tiny_glow
+
+WAYS: tuple[Activations, ...] = ("store", "recompute", "invert")
+
+
+class Plain(Bijection):
+    """A flow step as its three parts, differentiated by autograd alone."""
+
+    def __init__(self, step: FlowStep) -> None:
+        super().__init__()
+        self.bijections = step.bijections
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total = torch.zeros(len(x), dtype=x.dtype)
+        for part in self.bijections:
+            x, log_det = part(x, context)
+            total = total + log_det
+        return x, total
+
+
+def affine(channels: int, context: int) -> AffineCoupling:
+    return AffineCoupling(ConvolutionalNetwork(channels // 2, channels, 8, context))
+
+
+def additive(channels: int, context: int) -> AdditiveCoupling:
+    return AdditiveCoupling(ConvolutionalNetwork(channels // 2, channels // 2, 8, context))
+
+
+def chain(coupling: Callable[[int, int], Any], matrix: str, context: int) -> Sequential:
+    steps = [FlowStep(8, coupling(8, context), matrix) for _ in range(3)]
+    made = Sequential([Squeeze(), *steps]).double()
+    perturb(made)
+    return made
+
+
+def gradients(
+    apply: Callable[..., tuple[Tensor, Tensor]],
+    module: nn.Module,
+    x: Tensor,
+    context: Tensor | None,
+) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    inputs = {"x": x} if context is None else {"x": x, "context": context.clone().requires_grad_()}
+    named = {**inputs, **dict(module.named_parameters())}
+    z, log_det = apply(*inputs.values())
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.randn(z.shape, generator=generator, dtype=z.dtype)
+    rows = torch.randn(log_det.shape, generator=generator, dtype=z.dtype)
+    loss = (weights * z).sum() + (rows * log_det).sum()
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("context_channels", [0, 3])
+@pytest.mark.parametrize(
+    ("coupling", "matrix"), [(affine, "lu"), (affine, "plain"), (additive, "lu")]
+)
+def test_gradients_are_those_of_plain_autograd(
+    coupling: Callable[[int, int], Any], matrix: str, context_channels: int, way: Activations
+) -> None:
+    module = chain(coupling, matrix, context_channels)
+    x = torch.randn(3, 2, 4, 6, dtype=torch.float64)
+    context = torch.randn(3, 3, 1, 1, dtype=torch.float64) if context_channels else None
+    squeeze, *steps = module.bijections
+    plain = Sequential([squeeze, *(Plain(step) for step in steps)])  # type: ignore[arg-type]
+    expected = gradients(plain, module, x, context)
+
+    def apply(x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return apply_keeping(way, module, x, context)
+
+    found = gradients(apply, module, x, context)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", ["recompute", "invert"])
+def test_a_network_runs_once_more_and_no_oftener(way: Activations) -> None:
+    module = chain(affine, "lu", 0)
+    passes = [0]
+    for layer in module.modules():
+        if isinstance(layer, ConvolutionalNetwork):
+            layer.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    z, log_det = apply_keeping(way, module, torch.randn(2, 2, 4, 4, dtype=torch.float64))
+    assert passes == [3]
+    (z.sum() + log_det.sum()).backward()
+    assert passes == [6]
+
+
+def model_gradients(
+    model: MultiscaleFlow, way: Activations, bf16: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    model = copy.deepcopy(model)
+    model.activations = way
+    if isinstance(model.dequantizer, VariationalDequantizer):
+        model.dequantizer.activations = way
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randint(0, 16, (6, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    noise = torch.randn(6, 1, 8, 8, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        output = model(images, torch.arange(6) % 3, noise)
+    output.log_prob.sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(found) == len(list(model.parameters()))
+    return output.log_prob.detach(), found
+
+
+def conditional_glow() -> MultiscaleFlow:
+    dequantizer = VariationalDequantizer((1, 8, 8), 16, 2, 8, 4)
+    return tiny_glow((1, 8, 8), 16, dequantizer, levels=2, depth=3, classes=3, class_channels=4)
+
+
+@pytest.mark.parametrize("way", ["recompute", "invert"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_models_gradients_are_those_of_storing_all(way: Activations, dtype: torch.dtype) -> None:
+    model = conditional_glow()
+    perturb(model.dequantizer, 0.2)
+    model.to(dtype)
+    log_prob, expected = model_gradients(model, "store")
+    log_prob_2, found = model_gradients(model, way)
+    assert torch.equal(log_prob, log_prob_2) or dtype == torch.float32
+    torch.testing.assert_close(log_prob_2, log_prob, rtol=1e-6, atol=1e-6)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm() / gradient.norm()
+        assert error < tolerance, name
+
+
+def test_bf16_networks_are_recomputed_in_bf16() -> None:
+    model = conditional_glow()
+    perturb(model.dequantizer, 0.2)
+    expected, found = (model_gradients(model, way, bf16=True)[1] for way in ("store", "invert"))
+    wide = model_gradients(model, "store")[1]
+    for name, gradient in expected.items():
+        cosine = torch.nn.functional.cosine_similarity(
+            found[name].flatten().double(), gradient.flatten().double(), dim=0
+        )
+        assert cosine > 0.999, name
+    differs = [name for name in wide if not torch.allclose(wide[name], expected[name], rtol=1e-5)]
+    assert differs  # autocast did something
+
+
+def test_drift_is_told_by_layer_and_grows_backwards() -> None:
+    model = conditional_glow().float()
+    model.activations = "invert"
+    images = torch.randint(0, 16, (6, 1, 8, 8), dtype=torch.uint8)
+    assert model.drifts() == {}
+    model(images, torch.arange(6) % 3, torch.randn(6, 1, 8, 8)).log_prob.sum().backward()
+    drifts = model.drifts()
+    names = [f"levels.{level}.bijections.{part}" for level in range(2) for part in range(4)]
+    assert list(drifts) == names
+    assert all(0 <= float(drift) < 1e-4 for drift in drifts.values())
+    assert any(float(drift) > 0 for drift in drifts.values())
+    assert model.figures() == {"drift": max(float(x) for x in drifts.values())}
+    broken = model.levels[1].bijections[2].bijections[1].matrix  # type: ignore[index, union-attr]
+    with torch.no_grad():
+        broken.log_diagonal[0] = -30  # nearly singular, so that its inverse is useless
+    model.reset_figures()
+    model(images, torch.arange(6) % 3, torch.randn(6, 1, 8, 8)).log_prob.sum().backward()
+    off = [name for name, drift in model.drifts().items() if not float(drift) < 1e-2]
+    assert off[-1] == "levels.1.bijections.2"
+
+
+def test_a_matrix_and_its_way_back_agree_with_autograd() -> None:
+    for matrix in (LUMatrix(6).double(), PlainMatrix(6).double()):
+        perturb(matrix)
+        weights = torch.randn(6, 6, dtype=torch.float64)
+        value, log_det = matrix()
+        expected = torch.autograd.grad((weights * value).sum() + 3 * log_det, matrix.parameters())
+        parametrized = matrix.differentiate()
+        assert torch.equal(parametrized.matrix, value)
+        found = parametrized.pullback(weights, torch.tensor(3.0, dtype=torch.float64))
+        for a, b in zip(found, expected, strict=True):
+            assert a is not None
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
