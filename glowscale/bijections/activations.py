@@ -6,7 +6,7 @@ Gomez et al. 2017), in memory that does not grow with depth.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,19 +36,18 @@ def apply_keeping(
     tape = _Tape()
     total = zero_log_det(x)
     for number, bijection in enumerate(bijections, 1):
-        parameters = [*bijection.parameters()]
         if activations == "recompute":
-            x, log_det = _Differentiated.apply(bijection, False, x, context, *parameters)
+            x, log_det = _Differentiated.apply(bijection, False, x, context, *bijection.leaves)
         else:
             is_last = number == len(bijections)
-            x, log_det = _Rebuilt.apply(bijection, tape, is_last, x, context, *parameters)
+            x, log_det = _Rebuilt.apply(bijection, tape, is_last, x, context, *bijection.leaves)
         total = total + log_det
     return x, total
 
 
 def apply_stored(bijection: Bijection, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     """As `bijection(x, context)`, whose gradients are those of its `differentiate`."""
-    return _Differentiated.apply(bijection, True, x, context, *bijection.parameters())
+    return _Differentiated.apply(bijection, True, x, context, *bijection.leaves)
 
 
 class _Differentiated(torch.autograd.Function):
@@ -64,7 +63,7 @@ class _Differentiated(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.bijection = bijection
-        ctx.autocast = _autocast(x)
+        ctx.autocast = _Autocast.now(x)
         ctx.save_for_backward(x, context)
         if not stored:
             ctx.pullback = None
@@ -77,7 +76,7 @@ class _Differentiated(torch.autograd.Function):
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> Any:  # noqa: ANN401
         pullback, ctx.pullback = ctx.pullback, None  # it serves once
         if pullback is None:
-            with ctx.autocast:
+            with ctx.autocast.again():
                 _, _, pullback = ctx.bijection.differentiate(*ctx.saved_tensors)
         gradients = pullback(grad_z, grad_log_det)
         return None, None, gradients.x, gradients.context, *gradients.parameters
@@ -107,7 +106,7 @@ class _Rebuilt(torch.autograd.Function):
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.bijection, ctx.tape = bijection, tape
-        ctx.autocast = _autocast(x)
+        ctx.autocast = _Autocast.now(x)
         ctx.mark = _mark(x)
         z, log_det = bijection(x, context)
         ctx.save_for_backward(z if is_last else None, context)
@@ -117,7 +116,7 @@ class _Rebuilt(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> Any:  # noqa: ANN401
         z, context = ctx.saved_tensors
-        with ctx.autocast:
+        with ctx.autocast.again():
             x, pullback = ctx.bijection.rebuild(ctx.tape.rebuilt if z is None else z, context)
         ctx.tape.rebuilt = x
         ctx.bijection.note_drift(_mark(x) - ctx.mark)
@@ -130,14 +129,25 @@ def _mark(x: Tensor) -> Tensor:
     return x[..., x.shape[-2] // 2, x.shape[-1] // 2].clone() if x.dim() == 4 else x[:, :8].clone()
 
 
-def _autocast(x: Tensor) -> AbstractContextManager[object]:
-    """The autocast that is active now, for the backward pass, where it is not."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(
-        device,
-        torch.get_autocast_dtype(device),
-        torch.is_autocast_enabled(device),
-        cache_enabled=False,  # each weight is used once
-    )
+class _Autocast(NamedTuple):
+    """The autocast that was active in a forward pass, for the backward pass, where it is not."""
+
+    device: str
+    dtype: torch.dtype | None
+    enabled: bool
+
+    @classmethod
+    def now(cls, x: Tensor) -> "_Autocast":
+        """That of x's device."""
+        device = x.device.type
+        if not torch.amp.is_autocast_available(device):
+            return cls(device, None, False)
+        return cls(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+
+    def again(self) -> AbstractContextManager[object]:
+        """A context in which it is active."""
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(  # each weight is used once, so none is kept
+            self.device, self.dtype, self.enabled, cache_enabled=False
+        )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import NamedTuple, cast
 
 import torch
@@ -18,7 +19,7 @@ class Gradients(NamedTuple):
     x: Tensor
     context: Tensor | None
     parameters: tuple[Tensor | None, ...]
-    """In the order of the bijection's `parameters()`."""
+    """In the order of the bijection's `leaves`."""
 
 
 Pullback = Callable[[Tensor, Tensor], Gradients]
@@ -49,12 +50,17 @@ class Bijection(nn.Module):
         """Shape of z for x of `shape`, both without the batch; raises ValueError if unfit."""
         return shape
 
+    @cached_property
+    def leaves(self) -> tuple[nn.Parameter, ...]:
+        """The parameters, collected once: walking over modules takes as long as a small layer."""
+        return tuple(self.parameters())
+
     def differentiate(
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Pullback]:
         """As `forward`, outside of any graph; also what takes gradients back, once."""
         x = x.detach().requires_grad_()
-        wanted = [x, *self.parameters()]
+        wanted = [x, *self.leaves]
         if context is not None:
             context = context.detach().requires_grad_()
             wanted.append(context)
@@ -150,7 +156,8 @@ def soft_clamp(x: Tensor, bound: float) -> Tensor:
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
-    """A context in which autocast, where x's device has it, leaves flow arithmetic alone."""
-    if torch.amp.is_autocast_available(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    """A context in which autocast leaves flow arithmetic alone."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
     return nullcontext()

@@ -81,7 +81,7 @@ class Coupling(Bijection):
         rest = rest.detach().requires_grad_()
         with torch.enable_grad():
             changed, log_det = self.transform(rest, parameters)
-        wanted = [rest, kept, *self.network.parameters()]
+        wanted = [rest, kept, *self.leaves]
         if context is not None:
             wanted.append(context)
 

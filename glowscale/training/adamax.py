@@ -13,7 +13,7 @@ class Adamax(torch.optim.Optimizer):
     """Adam with the infinity norm (Kingma & Ba 2015, algorithm 2), L2 weight decay.
 
     Where `found_inf`, a tensor that torch's fused optimizers know too, is 1, a step leaves
-    weights and state as they are. On a GPU the host need not know, and never waits for it.
+    weights and state as they are. The host reads it on the CPU alone: it never waits for a GPU.
 
     Args:
         params: parameters, or groups of them.
@@ -51,46 +51,54 @@ class Adamax(torch.optim.Optimizer):
             raise ValueError("Adamax takes no closure; compute the gradients before its step.")
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if parameters:
-                self._update(parameters, self._kept(parameters[0]), group)
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            if self.found_inf is not None and self.found_inf.is_cuda:
+                self._update_unless(self.found_inf, parameters, gradients, group)
+            elif not self.found_inf:
+                self._update(parameters, gradients, group)
 
-    def _update(self, parameters: Tensors, kept: Tensor | float, group: dict[str, Any]) -> None:
-        """Take a step of which `kept`, 1 or 0, is kept."""
-        (beta1, beta2), eps = group["betas"], group["eps"]
+    def _update(self, parameters: Tensors, gradients: Tensors, group: dict[str, Any]) -> None:
+        """Take a step."""
+        (beta1, beta2), decay = group["betas"], group["weight_decay"]
         steps, means, norms = self._state_of(parameters)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if isinstance(kept, Tensor):
-            gradients = [g.masked_fill(kept == 0, 0) for g in gradients]
-        elif not kept:
-            return
+        if decay:
+            gradients = list(torch._foreach_add(gradients, parameters, alpha=decay))
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        sizes = torch._foreach_abs(gradients)
+        torch._foreach_add_(sizes, group["eps"])
+        torch._foreach_mul_(norms, beta2)
+        torch._foreach_maximum_(norms, sizes)
+        torch._foreach_add_(steps, 1)
+        rate = group["lr"] / (1 - beta1 ** float(steps[0]))
+        torch._foreach_addcdiv_(parameters, means, norms, value=-rate)
+
+    def _update_unless(
+        self, masked: Tensor, parameters: Tensors, gradients: Tensors, group: dict[str, Any]
+    ) -> None:
+        """Take a step, which changes nothing where `masked` is 1; only its device knows."""
+        (beta1, beta2), eps = group["betas"], group["eps"]
+        kept = 1 - masked.double()
+        steps, means, norms = self._state_of(parameters)
+        gradients = [gradient.masked_fill(kept == 0, 0) for gradient in gradients]
         if group["weight_decay"]:
-            decay = torch._foreach_mul(parameters, group["weight_decay"] * kept)
-            gradients = list(torch._foreach_add(gradients, decay))
+            torch._foreach_add_(gradients, parameters, alpha=group["weight_decay"])
+            torch._foreach_mul_(gradients, kept)
         torch._foreach_mul_(means, 1 - (1 - beta1) * kept)
         torch._foreach_add_(means, gradients, alpha=1 - beta1)
         sizes = torch._foreach_abs(gradients)
         torch._foreach_add_(sizes, eps)
+        torch._foreach_mul_(sizes, kept)
         torch._foreach_mul_(norms, 1 - (1 - beta2) * kept)
-        if isinstance(kept, Tensor):
-            torch._foreach_mul_(sizes, kept)
         torch._foreach_maximum_(norms, sizes)
         torch._foreach_add_(steps, kept)
         rate = group["lr"] * kept / (1 - beta1 ** steps[0].clamp(min=1))
-        if isinstance(kept, Tensor):
-            changes = torch._foreach_clamp_min(norms, eps)  # a first step that is masked has none
-            torch._foreach_reciprocal_(changes)
-            torch._foreach_mul_(changes, means)
-            torch._foreach_mul_(changes, rate)
-            torch._foreach_sub_(parameters, changes)
-        else:
-            torch._foreach_addcdiv_(parameters, means, norms, value=-float(rate))
-
-    def _kept(self, like: Tensor) -> Tensor | float:
-        """1 where the step is taken, 0 where it is masked; a number where the host knows it."""
-        if self.found_inf is None:
-            return 1.0
-        kept = 1 - self.found_inf.double()
-        return kept if like.is_cuda else float(kept)
+        changes = torch._foreach_clamp_min(norms, eps)  # a first step that is masked has none
+        torch._foreach_reciprocal_(changes)
+        torch._foreach_mul_(changes, means)
+        torch._foreach_mul_(changes, rate)
+        torch._foreach_sub_(parameters, changes)
 
     def _state_of(self, parameters: Tensors) -> tuple[Tensors, Tensors, Tensors]:
         """Steps, means and norms of the parameters; zeros at first."""
