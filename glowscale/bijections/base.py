@@ -59,21 +59,13 @@ class Bijection(nn.Module):
         self, x: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Pullback]:
         """As `forward`, outside of any graph; also what takes gradients back, once."""
-        x = x.detach().requires_grad_()
-        wanted = [x, *self.leaves]
-        if context is not None:
-            context = context.detach().requires_grad_()
-            wanted.append(context)
-        with torch.enable_grad():
-            z, log_det = self(x, context)
+        (z, log_det), back = differentiate(self, (x, context), self.leaves)
 
         def pullback(grad_z: Tensor, grad_log_det: Tensor) -> Gradients:
-            outputs, gradients = (z, log_det), (grad_z, grad_log_det)
-            of_x, *others = gradients_of(outputs, wanted, gradients)
-            of_context = None if context is None else others.pop()
-            return Gradients(cast("Tensor", of_x), of_context, tuple(others))
+            of_x, of_context, *of_parameters = back(grad_z, grad_log_det)
+            return Gradients(cast("Tensor", of_x), of_context, tuple(of_parameters))
 
-        return z.detach(), log_det.detach(), pullback
+        return z, log_det, pullback
 
     def rebuild(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Pullback]:
         """As `inverse`, outside of any graph; also what takes gradients from z to x, once."""
@@ -124,20 +116,36 @@ class Sequential(Bijection):
         return shape
 
 
-def gradients_of(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], gradients: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Gradients of the inputs from those of the outputs; None for what they do not depend on."""
-    pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
-    wanted = [x for x in inputs if x.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            [y for y, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
-        )
-        if pairs
-        else [None] * len(wanted)
-    )
-    return [next(found) if x.requires_grad else None for x in inputs]
+def differentiate(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    parameters: Sequence[Tensor],
+) -> tuple[tuple[Tensor, ...], Callable[..., list[Tensor | None]]]:
+    """Values of a function, in a graph of their own, and what takes gradients back, once.
+
+    Args:
+        function: of the inputs; it reads the parameters too.
+        inputs: whatever is known of them before is of no account.
+        parameters: which gradients are wanted of besides; those without `requires_grad` get none.
+
+    Returns:
+        The values without a graph, and a function from their gradients to those of inputs and
+        parameters, in order; None for what the values do not depend on.
+    """
+    inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        values = function(*inputs)
+    sources = [*inputs, *parameters]
+
+    def pullback(*gradients: Tensor) -> list[Tensor | None]:
+        pairs = [(y, g) for y, g in zip(values, gradients, strict=True) if y.requires_grad]
+        wanted = [x for x in sources if x is not None and x.requires_grad]
+        ends, starts = [y for y, _ in pairs], [g for _, g in pairs]
+        found = torch.autograd.grad(ends, wanted, starts, allow_unused=True) if pairs else ()
+        by_source = dict(zip(map(id, wanted), found, strict=bool(pairs)))
+        return [by_source.get(id(x)) for x in sources]
+
+    return tuple(y.detach() for y in values), pullback
 
 
 def sum_per_image(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Coupling: one part of the channels is transformed by what a network reads in the other."""
 
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +10,46 @@ from glowscale.bijections.base import (
     Bijection,
     Gradients,
     Pullback,
-    gradients_of,
+    differentiate,
     soft_clamp,
     sum_per_image,
     zero_log_det,
 )
 
-LOG_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": lambda raw: soft_clamp(raw, 2.0),
-    "sigmoid": lambda raw: nn.functional.logsigmoid(raw + 2.0),
-    "exponential": lambda raw: raw,
+
+class LogScale(NamedTuple):
+    """From a network's raw output to the log-scale of an affine coupling."""
+
+    of: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor | float]
+    """The derivative, at the log-scale."""
+
+
+LOG_SCALES = {
+    "tanh": LogScale(
+        lambda raw: soft_clamp(raw, 2.0), lambda log_scale: 1 - (log_scale / 2).square()
+    ),
+    "sigmoid": LogScale(
+        lambda raw: nn.functional.logsigmoid(raw + 2.0), lambda log_scale: -log_scale.expm1()
+    ),
+    "exponential": LogScale(lambda raw: raw, lambda log_scale: 1.0),
 }
-"""From a network's raw output to the log-scale of an affine coupling, by its config name."""
+"""By the name that a config gives it."""
+TransformPullback = Callable[[Tensor, Tensor], Sequence[Tensor | None]]
+"""From the gradients of a transformation's z and log_det to those of x and its parameters."""
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """A network that knows the way back itself."""
+
+    def differentiate(
+        self, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor | None]]]:
+        """As its forward pass, outside of any graph, and what takes the result's gradient back.
+
+        That is to those of x, context and parameters, in order, once.
+        """
 
 
 class Coupling(Bijection):
@@ -59,43 +87,37 @@ class Coupling(Bijection):
     ) -> tuple[Tensor, Tensor, Pullback]:
         """As `forward`, outside of any graph; also what takes gradients back, once."""
         kept, rest = split_channels(x.detach())
-        return self._differentiate(self._read(kept, context, x.dtype), rest)
+        parameters, of_network = self._differentiate_network(kept, context)
+        rest, log_det, of_transform = self.differentiate_transform(rest, parameters)
+        return torch.cat([kept, rest], 1), log_det, _pullback(of_transform, of_network)
 
     def rebuild(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Pullback]:
         """As `inverse`; the network's one pass serves the inverse and the gradients alike."""
         kept, rest = split_channels(z.detach())
-        reading = self._read(kept, context, z.dtype)
+        parameters, of_network = self._differentiate_network(kept, context)
         with torch.no_grad():
-            rest = self.untransform(rest, reading.parameters)
-        return torch.cat([kept, rest], 1), self._differentiate(reading, rest)[2]
+            rest = self.untransform(rest, parameters)
+        _, _, of_transform = self.differentiate_transform(rest, parameters)
+        return torch.cat([kept, rest], 1), _pullback(of_transform, of_network)
 
-    def _read(self, kept: Tensor, context: Tensor | None, dtype: torch.dtype) -> "_Reading":
-        """Let the network read the kept channels, in a graph that begins with them."""
-        kept = kept.detach().requires_grad_()
-        context = None if context is None else context.detach().requires_grad_()
-        with torch.enable_grad():
-            return _Reading(kept, context, self.network(kept, context).to(dtype))
+    def _differentiate_network(
+        self, kept: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor | None]]]:
+        """The network's word, in kept's type, and the way back to kept, context and weights."""
+        if isinstance(self.network, Differentiable):
+            word, pullback = self.network.differentiate(kept, context)
+        else:
+            (word,), pullback = differentiate(
+                lambda *inputs: (self.network(*inputs),), (kept, context), self.leaves
+            )
+        return word.to(kept.dtype), lambda gradient: pullback(gradient.to(word.dtype))
 
-    def _differentiate(self, reading: "_Reading", rest: Tensor) -> tuple[Tensor, Tensor, Pullback]:
-        kept, context, parameters = reading
-        rest = rest.detach().requires_grad_()
-        with torch.enable_grad():
-            changed, log_det = self.transform(rest, parameters)
-        wanted = [rest, kept, *self.leaves]
-        if context is not None:
-            wanted.append(context)
-
-        def pullback(grad_z: Tensor, grad_log_det: Tensor) -> Gradients:
-            of_kept, of_changed = split_channels(grad_z)
-            outputs, gradients = (changed, log_det), (of_changed, grad_log_det)
-            of_rest, by_network, *others = gradients_of(outputs, wanted, gradients)
-            of_context = None if context is None else others.pop()
-            if by_network is not None:
-                of_kept = of_kept + by_network
-            of_x = torch.cat([of_kept, cast("Tensor", of_rest)], 1)
-            return Gradients(of_x, of_context, tuple(others))
-
-        return torch.cat([kept.detach(), changed.detach()], 1), log_det.detach(), pullback
+    def differentiate_transform(
+        self, x: Tensor, parameters: Tensor
+    ) -> tuple[Tensor, Tensor, TransformPullback]:
+        """As `transform`, outside of any graph, and the way back to x and parameters, once."""
+        (z, log_det), pullback = differentiate(self.transform, (x, parameters), ())
+        return z, log_det, pullback
 
     def transform(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Map the transformed channels x; return them with the log-det (B,)."""
@@ -106,12 +128,21 @@ class Coupling(Bijection):
         raise TypeError(f"{type(self).__name__} must define untransform(z, parameters).")
 
 
-class _Reading(NamedTuple):
-    """What a coupling's network read, and said."""
+def _pullback(
+    of_transform: TransformPullback, of_network: Callable[[Tensor], Sequence[Tensor | None]]
+) -> Pullback:
+    """Back through a coupling's transformation, then through the network that it follows."""
 
-    kept: Tensor
-    context: Tensor | None
-    parameters: Tensor
+    def pullback(grad_z: Tensor, grad_log_det: Tensor) -> Gradients:
+        of_kept, of_changed = split_channels(grad_z)
+        of_rest, of_parameters = of_transform(of_changed, grad_log_det)
+        of_kept_by_network, of_context, *of_weights = of_network(cast("Tensor", of_parameters))
+        if of_kept_by_network is not None:
+            of_kept = of_kept + of_kept_by_network
+        of_x = torch.cat([of_kept, cast("Tensor", of_rest)], 1)
+        return Gradients(of_x, of_context, tuple(of_weights))
+
+    return pullback
 
 
 class AffineCoupling(Coupling):
@@ -132,13 +163,30 @@ class AffineCoupling(Coupling):
     def transform(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift x."""
         shift, raw = parameters.chunk(2, dim=1)
-        log_scale = self.log_scale(raw)
+        log_scale = self.log_scale.of(raw)
         return torch.addcmul(shift, x, log_scale.exp()), sum_per_image(log_scale)
+
+    @torch.no_grad()
+    def differentiate_transform(
+        self, x: Tensor, parameters: Tensor
+    ) -> tuple[Tensor, Tensor, TransformPullback]:
+        """As `transform`, outside of any graph, with the way back written out."""
+        shift, raw = parameters.chunk(2, dim=1)
+        log_scale = self.log_scale.of(raw)
+        scale = log_scale.exp()
+
+        def pullback(grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor, Tensor]:
+            of_x = grad_z * scale
+            of_log_scale = torch.addcmul(grad_log_det[:, None, None, None], of_x, x)
+            of_raw = of_log_scale * self.log_scale.slope(log_scale)
+            return of_x, torch.cat([grad_z, of_raw], 1)
+
+        return torch.addcmul(shift, x, scale), sum_per_image(log_scale), pullback
 
     def untransform(self, z: Tensor, parameters: Tensor) -> Tensor:
         """Unshift and unscale z."""
         shift, raw = parameters.chunk(2, dim=1)
-        return (z - shift) * (-self.log_scale(raw)).exp()
+        return (z - shift) * (-self.log_scale.of(raw)).exp()
 
 
 class AdditiveCoupling(Coupling):

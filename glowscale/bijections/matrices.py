@@ -1,12 +1,12 @@
 """Parametrizations of an invertible matrix, for the linear bijections."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from glowscale.bijections.base import gradients_of
+from glowscale.bijections.base import differentiate
 
 
 class Parametrized(NamedTuple):
@@ -14,7 +14,7 @@ class Parametrized(NamedTuple):
 
     matrix: Tensor
     log_det: Tensor
-    pullback: Callable[[Tensor, Tensor], tuple[Tensor | None, ...]]
+    pullback: Callable[[Tensor, Tensor], Sequence[Tensor | None]]
     """From the gradients of both to those of the parameters, in their order, once."""
 
 
@@ -32,14 +32,8 @@ class InvertibleMatrix(nn.Module):
 
     def differentiate(self) -> Parametrized:
         """As `forward`, with the way back."""
-        with torch.enable_grad():
-            matrix, log_det = self()
-
-        def pullback(of_matrix: Tensor, of_log_det: Tensor) -> tuple[Tensor | None, ...]:
-            gradients = (of_matrix, of_log_det)
-            return tuple(gradients_of((matrix, log_det), [*self.parameters()], gradients))
-
-        return Parametrized(matrix.detach(), log_det.detach(), pullback)
+        (matrix, log_det), pullback = differentiate(self, (), [*self.parameters()])
+        return Parametrized(matrix, log_det, pullback)
 
 
 class PlainMatrix(InvertibleMatrix):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import ClassVar, NamedTuple, cast
 
 import torch
@@ -204,14 +205,19 @@ class MultiscaleFlow(nn.Module):
 
     def drifts(self) -> dict[str, Tensor]:
         """By layer, how far its input was off at most where it was rebuilt; see `activations`."""
-        layers = ((name, x) for name, x in self.named_modules() if isinstance(x, Bijection))
-        return {name: layer.drift for name, layer in layers if layer.drift is not None}
+        return {
+            name: layer.drift for name, layer in self._layers.items() if layer.drift is not None
+        }
+
+    @cached_property
+    def _layers(self) -> dict[str, Bijection]:
+        """The bijections by name, collected once."""
+        return {name: x for name, x in self.named_modules() if isinstance(x, Bijection)}
 
     def reset_figures(self) -> None:
         """Begin to count what `figures` and `drifts` tell."""
-        for layer in self.modules():
-            if isinstance(layer, Bijection):
-                layer.drift = None
+        for layer in self._layers.values():
+            layer.drift = None
 
     def figures(self) -> dict[str, float]:
         """What metrics tell of an update besides its loss."""

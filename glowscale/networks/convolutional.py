@@ -1,8 +1,13 @@
 """Convolutional networks that predict a bijection's parameters."""
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from glowscale.networks.convolution import differentiate_conv, relu_backward_
 
 
 class ConvolutionalNetwork(nn.Module):
@@ -36,9 +41,41 @@ class ConvolutionalNetwork(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Map x (B, in_channels, H, W) and context (B, context_channels, H or 1, W or 1)."""
+        if not torch.is_grad_enabled():  # the same arithmetic as where it is differentiated
+            return self.differentiate(x, context)[0]
         if context is not None:
             x = torch.cat([x, context.expand(-1, -1, *x.shape[2:])], 1)
         return self.layers(x)
+
+    def differentiate(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[Tensor], list[Tensor | None]]]:
+        """As `forward`, outside of any graph, with the way back written out.
+
+        Returns:
+            The result, in autocast's type where that is active, and what takes its gradient back
+            to x, the context and the parameters, once.
+        """
+        first, second, third = (cast("nn.Conv2d", self.layers[i]) for i in (0, 2, 4))
+        kept = x.shape[1]
+        with torch.no_grad():
+            if context is not None:
+                x = torch.cat([x, context.expand(-1, -1, *x.shape[2:])], 1)
+            a, of_first = differentiate_conv(first, x)
+            b, of_second = differentiate_conv(second, a.relu_())
+            y, of_third = differentiate_conv(third, b.relu_())
+
+        def pullback(gradient: Tensor) -> list[Tensor | None]:
+            gradient, *of_weights = of_third(gradient)
+            gradient, *of_second_weights = of_second(relu_backward_(gradient, b))
+            gradient, *of_first_weights = of_first(relu_backward_(gradient, a))
+            of_context = None
+            if context is not None:
+                of_context = gradient[:, kept:].sum_to_size(context.shape).to(context.dtype)
+            of_parameters = [*of_first_weights, *of_second_weights, *of_weights]
+            return [gradient[:, :kept], of_context, *of_parameters]
+
+        return y, pullback
 
 
 class ContextNetwork(nn.Module):

@@ -20,14 +20,14 @@ class EMA:
     def __init__(self, model: MultiscaleFlow, images: int) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.images = images
+        self._averages: list[Tensor] = list(self.model.parameters())
+        self._weights: list[Tensor] = list(model.parameters())
 
     @torch.no_grad()
-    def update(self, model: MultiscaleFlow, batch: int, seen: int) -> None:
+    def update(self, batch: int, seen: int) -> None:
         """Take in the weights after an update on `batch` images; `seen` counts them all.
 
         Early on the average covers a tenth of the past, so the first weights do not linger.
         """
         horizon = min(self.images, max(batch, seen / 10))
-        averages: list[Tensor] = list(self.model.parameters())
-        weights: list[Tensor] = list(model.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - math.exp(-batch / horizon))
+        torch._foreach_lerp_(self._averages, self._weights, 1 - math.exp(-batch / horizon))

@@ -78,6 +78,7 @@ class Updater:
         self.stopping = stopping
         self.stop_agreed = False
         """Whether some process was asked to stop; known on all of them at the same step."""
+        self._parameters = [*state.model.parameters()]
         self._word = LateWord()
         self._last: Slice | None = None
         self._last_troubles: list[str] = []
@@ -110,13 +111,13 @@ class Updater:
         local = torch.stack([bits, *(torch.full_like(bits, n) for n in counts), drifted])
         total, valid, failures, troubles, stops, drifted = sum_over_ranks(local)
         state.images += settings.batch
-        gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         if self.lost_limit:  # the sum was divided by the whole batch
             torch._foreach_mul_(gradients, settings.batch / valid.clamp(min=1))
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         masked = ~(total.isfinite() & norm.isfinite() & (valid > 0) & (drifted == 0))
         self._step(norm, masked)
-        state.ema.update(state.model, settings.batch, state.images)
+        state.ema.update(settings.batch, state.images)
         none, one = torch.zeros_like(total), torch.ones_like(total)
         taken, left = torch.stack([total, valid, none]), torch.stack([none, none, one])
         state.window += taken.where(~masked, left)
@@ -263,7 +264,7 @@ class Updater:
         """Clip, set the learning rate, update the weights unless masked."""
         if self.settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(
-                self.state.model.parameters(), self.settings.clip, norm, foreach=True
+                self._parameters, self.settings.clip, norm, foreach=True
             )
         optimizer = self.state.optimizer
         for group in optimizer.param_groups:
