@@ -2,17 +2,20 @@
 
 import json
 import re
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch.profiler import ProfilerActivity, profile
 
+from glowscale.bijections.activations import Activations
 from glowscale.config import Config, load_config
 from glowscale.data.writer import pack_split
 from glowscale.distributed import start_accelerator
-from glowscale.models import build_model
+from glowscale.models import MultiscaleFlow, build_model
 from glowscale.training import Trainer
 from glowscale.training.plan import activation_bytes
 from tests.conftest import ROOT, Caller, Runner, last_json, random_split, tiny_glow
@@ -31,6 +34,7 @@ SHAPES: dict[str, tuple[tuple[int, int, int], int]] = {
 }
 """Image shape and grey levels of each config's data."""
 
+WAYS: tuple[Activations, ...] = ("store", "recompute", "invert")
 GRID = ["model.solver.steps=1", "model.evaluation_solver.steps=1"]
 """One step of the solver will do for a step of the training."""
 
@@ -111,25 +115,33 @@ def test_a_dry_run_tells_what_the_quickstart_would_take_and_touches_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plans_activations_are_those_that_autograd_keeps() -> None:
-    model = tiny_glow((1, 8, 8), 16, depth=4, hidden_channels=32)
-    weights = {p.data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-    tensors = []
+def test_a_plans_activations_grow_with_depth_as_what_a_pass_allocates() -> None:
+    def glow(depth: int, way: Activations) -> MultiscaleFlow:
+        model = tiny_glow((1, 64, 64), 16, depth=depth, hidden_channels=16, activations=way)
+        return model.to(memory_format=torch.channels_last)
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            tensors.append(tensor)
-        return tensor
+    def allocated(depth: int, way: Activations) -> int:
+        model = glow(depth, way)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            model(torch.zeros(1, 1, 64, 64, dtype=torch.uint8)).log_prob.sum().backward()
+        found: Any = profiled.profiler.kineto_results.events()
+        events = [event for event in found if event.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        return max(accumulate(event.nbytes() for event in events))
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
-    with torch.device("meta"):
-        planned = activation_bytes(tiny_glow((1, 8, 8), 16, depth=4, hidden_channels=32))
-    assert planned == pytest.approx(sum(kept.values()), rel=0.02)
-    hidden = 32 * 16 * 4  # bytes of one hidden layer's output at 4×4
-    assert planned > 4 * 2 * hidden
+    def planned(depth: int, way: Activations) -> int:
+        with torch.device("meta"):
+            return activation_bytes(glow(depth, way))
+
+    growth = {way: planned(12, way) - planned(4, way) for way in WAYS}
+    seen = {way: allocated(12, way) - allocated(4, way) for way in WAYS}
+    assert growth["store"] == pytest.approx(seen["store"], rel=0.02)
+    assert growth["recompute"] == pytest.approx(seen["recompute"], abs=0.02 * seen["store"])
+    assert growth["invert"] == pytest.approx(seen["invert"], abs=0.02 * seen["store"])
+    assert seen["store"] > 8 * 2 * (16 * 32 * 32 * 4)  # each step keeps two hidden layers
+    assert seen["invert"] < 0.01 * seen["store"]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

@@ -1,9 +1,13 @@
 """What a run would take, told before it starts: parameters, memory, steps, legal processes."""
 
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from glowscale.config import Config, ConfigError
 from glowscale.data.stream import Lanes
@@ -33,9 +37,9 @@ def plan(
 
     Returns:
         `parameters`, `steps`, `epochs`, `legal_processes`, `weights_bytes` (weights, gradients,
-        averages and optimizer), `activation_bytes_per_image` (kept for the backward pass, in
-        float32), `memory_bytes` (of one process where a single one runs), and `checkpoint_bytes`
-        (on disk, and again in the main process's host memory).
+        averages and optimizer), `activation_bytes_per_image` (held in a pass, in float32),
+        `memory_bytes` (of one process where a single one runs), and `checkpoint_bytes` (on disk,
+        and again in the main process's host memory).
     """
     with torch.device("meta"):  # shapes without memory, so any model can be planned anywhere
         try:
@@ -48,7 +52,7 @@ def plan(
             )
         except ValueError as error:
             raise ConfigError(f"The model does not fit the data: {error}") from None
-        activations = activation_bytes(model)
+        activations = activation_bytes(model.to(memory_format=torch.channels_last))
     parameters = sum(p.numel() for p in model.parameters())
     weights = COPIES * 4 * parameters
     settings = config.train
@@ -67,20 +71,65 @@ def plan(
 
 
 def activation_bytes(model: MultiscaleFlow) -> int:
-    """Bytes that the forward pass of one image keeps for the backward pass; weights apart."""
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}  # by storage; the tensors too, so that no address is used twice
+    """Bytes that a pass of one image, there and back, holds at once at most.
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in weights:
-            kept[storage] = tensor
-        return tensor
-
+    Weights and their gradients do not count, nor what a convolution needs for itself.
+    """
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
     images = torch.zeros(1, *model.image_shape, dtype=torch.uint8, device=model.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(images, torch.zeros(1, dtype=torch.int64, device=model.device))
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    labels = torch.zeros(1, dtype=torch.int64, device=model.device)
+    with _Held(model.parameters()) as held:
+        output = model(images, labels)
+        (output.log_prob.sum() + sum(x.sum() for x in output.penalties.values())).backward()
+    return held.most
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the tensors that are made within it, while they are held.
+
+    Args:
+        known: tensors that do not count, nor views of them.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.most = 0
+        self._known: dict[int, object] = {}
+        for tensor in known:
+            storage = tensor.untyped_storage()
+            self._known[storage._cdata] = storage
+
+    def __torch_dispatch__(
+        self,
+        function: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Run an operation, and count what is new in its result."""
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self.now += size
+        self.most = max(self.most, self.now)
+        self._known[key] = weakref.ref(storage, lambda _: self._free(key, size))
+
+    def _free(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.now -= size
 
 
 def describe_plan(facts: dict[str, Any]) -> str:
