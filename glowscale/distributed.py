@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
 from glowscale.errors import UserError
@@ -58,6 +58,7 @@ def start_accelerator(
             mixed_precision="bf16" if precision == "bf16" else "no",
             log_with=list(trackers) or None,
             project_dir=folder,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except ValueError as error:  # of the launcher's variables, or a precision not to be had here
         raise LaunchError(f"Accelerate cannot start with WORLD_SIZE={launched}: {error}") from None

@@ -6,7 +6,15 @@ beside the plain webdataset pipeline and beside a bare loop that reads and decod
 python pipelines/benchmark.py checkpoint: what a save costs the training, the mean time of so many
 steps with one save in them beside the mean of as many without.
 
-python pipelines/benchmark.py sample: the job of sampling beside the model's sampling alone.
+python pipelines/benchmark.py train: a step of Glow's training beside normflows' (the extra
+`bench`) and beside the floor, its networks alone.
+
+python pipelines/benchmark.py memory: what a step holds and takes, by `train.activations`.
+
+python pipelines/benchmark.py scaling: how a step's cost grows with pixels, depth and processes.
+
+python pipelines/benchmark.py sample: Glow's sampling beside normflows', and the job of sampling
+beside the model's sampling alone.
 
 python pipelines/benchmark.py ffjord: a step of a continuous flow, at the original code's reference
 setting (28×28 images, three levels, two flows in a row, hidden 64-64-64, dopri5 at 1e-5, batch 32)
@@ -17,7 +25,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import continuous, memory, sampling, saves, streams, training
+from benchmarks import continuous, memory, sampling, saves, scaling, streams, training
 
 from glowscale.jobs import job, report, run
 
@@ -26,6 +34,7 @@ BENCHMARKS = {
     "checkpoint": (saves, "what a save costs the training"),
     "train": (training, "a step of Glow's training beside normflows' and the floor"),
     "memory": (memory, "what a step of Glow's training keeps, by train.activations"),
+    "scaling": (scaling, "how the cost of training grows with pixels, depth and processes"),
     "sample": (sampling, "the job of sampling beside the model alone"),
     "ffjord": (continuous, "a step of a continuous flow"),
 }

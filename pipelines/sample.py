@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from glowscale.checkpoint import load_model
+from glowscale.checkpoint import Checkpoint, load_model
 from glowscale.distributed import leave, refuse_disagreement, start_accelerator
 from glowscale.errors import UserError
 from glowscale.jobs import job, positive, report, run, say, whole
@@ -26,37 +26,47 @@ def main() -> None:
     with job():
         if os.environ.get("RANK", "0") == "0":
             refuse_standstill(arguments.out, len([*arguments.out.glob("*.tar")]), "shards")
-        accelerator = start_accelerator()
+        accelerator = start_accelerator(arguments.precision)
         part, parts = place_of(arguments, accelerator)
         model, checkpoint = load_model(arguments.run, arguments.weights)
         refuse_disagreement("checkpoints", checkpoint.digest)
         model.to(accelerator.device)
         label = class_label(arguments.class_name, checkpoint.state["classes"], model.classes)
-        shards = generate(
-            model,
-            arguments.out,
-            count=arguments.count,
-            seed=arguments.seed,
-            temperature=arguments.temperature,
-            identity={"checkpoint": checkpoint.digest, "weights": arguments.weights},
-            label=label,
-            classes=checkpoint.state["classes"],
-            shard_size=arguments.shard_size,
-            part=part,
-            parts=parts,
-            quiet=not accelerator.is_main_process,
-        )
+        with accelerator.autocast():
+            shards = generate(
+                model,
+                arguments.out,
+                count=arguments.count,
+                seed=arguments.seed,
+                temperature=arguments.temperature,
+                identity=identity_of(arguments, checkpoint),
+                label=label,
+                classes=checkpoint.state["classes"],
+                shard_size=arguments.shard_size,
+                part=part,
+                parts=parts,
+                quiet=not accelerator.is_main_process,
+            )
         accelerator.wait_for_everyone()
         if part == 0:
             grid = arguments.out / "grid.png"
             count = min(arguments.count, PREVIEW)
-            save_preview(model, grid, count, arguments.seed, arguments.temperature, label)
+            with accelerator.autocast():
+                save_preview(model, grid, count, arguments.seed, arguments.temperature, label)
         if accelerator.is_main_process:
             say(describe(arguments, shards))
             if arguments.json:
                 made = [str(path) for path in shards if path.exists()]
                 report({"images": arguments.count, "shards": made})
         leave(accelerator)
+
+
+def identity_of(arguments: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, str]:
+    """What the images depend on beside their indices, seed and temperature."""
+    identity = {"checkpoint": checkpoint.digest, "weights": arguments.weights}
+    if arguments.precision != "float32":
+        identity["precision"] = arguments.precision
+    return identity
 
 
 def place_of(arguments: argparse.Namespace, accelerator: Accelerator) -> tuple[int, int]:
@@ -97,6 +107,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0, help="scale of the latents")
     parser.add_argument("--class", dest="class_name", metavar="NAME", help="only images of it")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema")
+    parser.add_argument(
+        "--precision", choices=["float32", "bf16"], default="float32", help="of the networks"
+    )
     parser.add_argument("--shard-size", type=positive, default=1000, help="images a shard")
     parser.add_argument("--parts", type=positive, default=1, help="jobs that share the work")
     parser.add_argument("--part", type=whole, default=0, help="which of them this is, from 0 on")

@@ -31,6 +31,8 @@ class FlowStep(Bijection):
         super().__init__()
         conv = Invertible1x1Conv(MATRICES[matrix](channels))
         self.bijections = nn.ModuleList([ActNorm(channels), conv, coupling])
+        self._linear = (*self.actnorm.parameters(), *conv.parameters())
+        self._inverted: tuple[object, tuple[Tensor, Tensor]] | None = None
 
     @property
     def actnorm(self) -> ActNorm:
@@ -91,9 +93,20 @@ class FlowStep(Bijection):
         return matrix * self.actnorm.log_scale.exp(), matrix @ self.actnorm.bias
 
     def _unmix(self, y: Tensor) -> Tensor:
+        return mix_channels(y, *self._unfold())
+
+    def _unfold(self) -> tuple[Tensor, Tensor]:
+        """The inverse map's weight and bias; without a graph they are kept while they are true."""
+        if torch.is_grad_enabled() or any(p.is_inference() for p in self._linear):
+            return self._invert()
+        seen = tuple((p.data_ptr(), p._version) for p in self._linear)
+        if self._inverted is None or self._inverted[0] != seen:
+            self._inverted = seen, self._invert()
+        return self._inverted[1]
+
+    def _invert(self) -> tuple[Tensor, Tensor]:
         shrink = (-self.actnorm.log_scale).exp()
-        weight = shrink[:, None] * self.conv.matrix.inverse_matrix()
-        return mix_channels(y, weight, -shrink * self.actnorm.bias)
+        return shrink[:, None] * self.conv.matrix.inverse_matrix(), -shrink * self.actnorm.bias
 
     def _log_det(self, x: Tensor, of_matrix: Tensor) -> Tensor:
         return math.prod(x.shape[2:]) * (of_matrix + self.actnorm.log_scale.sum())

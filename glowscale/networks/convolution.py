@@ -35,7 +35,7 @@ def differentiate_conv(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, ConvPullback
         of_bias = gradient.sum((0, 2, 3), dtype=bias.dtype)
         if low.shape[2] == 1:
             pixels = _pixels(gradient)
-            of_weight = (pixels.T @ _pixels(x))[:, :, None, None]
+            of_weight = (pixels.T @ _pixels(x))[:, None, None].permute(0, 3, 1, 2)
             of_x = _image(pixels @ low.flatten(1), x)
         elif x.is_cuda:
             of_x, of_weight = _by_convolutions(gradient, x, low)

@@ -32,12 +32,14 @@ class Updates:
     ) -> None:
         config = {
             "run": {"dir": str(run)},
-            "data": {"dir": str(data), "lanes": 1},
+            "data": {"dir": str(data), "lanes": accelerator.num_processes},
             "model": model,
             "train": {"images": 10**9, "init_images": 16, **train},
         }
         self.trainer = Trainer(parse_config(config), accelerator)
-        self.part = Slice(self.trainer.train_shards.read_batch(0, train["batch"]), [])
+        share = train["batch"] // accelerator.num_processes
+        start = share * accelerator.process_index
+        self.part = Slice(self.trainer.train_shards.read_batch(start, start + share), [])
 
     def seconds(self, count: int) -> float:
         """The time of so many updates."""
