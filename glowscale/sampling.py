@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from glowscale.bijections import keeping_inverses
 from glowscale.data.sources import Sample
 from glowscale.data.writer import Encoded, encode, write_shard
 from glowscale.errors import UserError
@@ -153,7 +154,7 @@ def generate(
     total = sum(len(indices) for _, indices in own)
     made_by = {"seed": seed, "temperature": temperature}
     bar = tqdm(total=total, initial=total - left, desc="sampling", unit="img", disable=quiet)
-    with bar as progress, ThreadPoolExecutor(1, "shards") as writer:
+    with bar as progress, ThreadPoolExecutor(1, "shards") as writer, keeping_inverses(model):
         writing: Future[None] | None = None
         for path, indices in missing:
             images = sample_blocks(model, seed, indices, temperature, block, label).numpy()

@@ -17,11 +17,15 @@ from glowscale.bijections import (
     PlainMatrix,
     Sequential,
     Squeeze,
+    keeping_inverses,
 )
 from glowscale.bijections.activations import Activations, apply_keeping
+from glowscale.config import parse_config
 from glowscale.dequantization import VariationalDequantizer
-from glowscale.models import MultiscaleFlow
+from glowscale.distributed import start_accelerator
+from glowscale.models import MultiscaleFlow, build_model
 from glowscale.networks import ConvolutionalNetwork
+from glowscale.training import Trainer
 from tests.conftest import perturb, tiny_glow
 
 WAYS: tuple[Activations, ...] = ("store", "recompute", "invert")
@@ -157,9 +161,15 @@ def test_a_models_gradients_are_those_of_storing_all(way: Activations, dtype: to
         assert error < tolerance, name
 
 
-def test_bf16_networks_are_recomputed_in_bf16() -> None:
-    model = conditional_glow()
-    perturb(model.dequantizer, 0.2)
+def test_bf16_networks_of_a_trained_model_are_recomputed_in_bf16(
+    config_dict: dict[str, Any],
+) -> None:
+    config_dict["model"]["class_channels"] = 4
+    config_dict["train"] |= {"precision": "bf16", "activations": "invert", "images": 640}
+    trainer = Trainer(parse_config(config_dict), start_accelerator("bf16"))
+    trainer.train()
+    model = build_model(trainer.config.model.model_dump(), (1, 8, 8), 16, 3)
+    model.load_state_dict(trainer.state.model.state_dict())
     expected, found = (model_gradients(model, way, bf16=True)[1] for way in ("store", "invert"))
     wide = model_gradients(model, "store")[1]
     for name, gradient in expected.items():
@@ -169,6 +179,20 @@ def test_bf16_networks_are_recomputed_in_bf16() -> None:
         assert cosine > 0.999, name
     differs = [name for name in wide if not torch.allclose(wide[name], expected[name], rtol=1e-5)]
     assert differs  # autocast did something
+
+
+def test_inverses_are_kept_while_asked_for_and_no_longer() -> None:
+    model = conditional_glow().eval()
+    latents = [torch.randn(2, *shape) for shape in model.latent_shapes]
+    labels = torch.tensor([0, 2])
+    with torch.no_grad():
+        expected = model.decode(latents, labels)
+        with keeping_inverses(model):
+            assert torch.equal(model.decode(latents, labels), expected)
+        for parameter in model.levels[0].parameters():
+            parameter.mul_(0.9)
+        latents, _ = model.encode(expected, labels)
+        torch.testing.assert_close(model.decode(latents, labels), expected, rtol=0, atol=1e-3)
 
 
 def test_drift_is_told_by_layer_and_grows_backwards() -> None:

@@ -7,7 +7,7 @@ from glowscale.bijections.coupling import AdditiveCoupling, AffineCoupling, Coup
 from glowscale.bijections.elementwise import AffinePixels, LogitPixels, Sigmoid
 from glowscale.bijections.matrices import InvertibleMatrix, LUMatrix, PlainMatrix
 from glowscale.bijections.squeeze import Squeeze, Unsqueeze
-from glowscale.bijections.step import FlowStep
+from glowscale.bijections.step import FlowStep, keeping_inverses
 
 __all__ = [
     "ActNorm",
@@ -28,4 +28,5 @@ __all__ = [
     "Squeeze",
     "Unsqueeze",
     "initializing",
+    "keeping_inverses",
 ]

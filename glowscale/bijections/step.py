@@ -1,6 +1,8 @@
 """A step of flow: what Glow, and a variational dequantizer, repeat."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -31,8 +33,7 @@ class FlowStep(Bijection):
         super().__init__()
         conv = Invertible1x1Conv(MATRICES[matrix](channels))
         self.bijections = nn.ModuleList([ActNorm(channels), conv, coupling])
-        self._linear = (*self.actnorm.parameters(), *conv.parameters())
-        self._inverted: tuple[object, tuple[Tensor, Tensor]] | None = None
+        self._inverted: tuple[Tensor, Tensor] | None = None
 
     @property
     def actnorm(self) -> ActNorm:
@@ -93,18 +94,10 @@ class FlowStep(Bijection):
         return matrix * self.actnorm.log_scale.exp(), matrix @ self.actnorm.bias
 
     def _unmix(self, y: Tensor) -> Tensor:
-        return mix_channels(y, *self._unfold())
-
-    def _unfold(self) -> tuple[Tensor, Tensor]:
-        """The inverse map's weight and bias; without a graph they are kept while they are true."""
-        if torch.is_grad_enabled() or any(p.is_inference() for p in self._linear):
-            return self._invert()
-        seen = tuple((p.data_ptr(), p._version) for p in self._linear)
-        if self._inverted is None or self._inverted[0] != seen:
-            self._inverted = seen, self._invert()
-        return self._inverted[1]
+        return mix_channels(y, *(self._inverted or self._invert()))
 
     def _invert(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the inverse map."""
         shrink = (-self.actnorm.log_scale).exp()
         return shrink[:, None] * self.conv.matrix.inverse_matrix(), -shrink * self.actnorm.bias
 
@@ -131,3 +124,17 @@ class FlowStep(Bijection):
             return Gradients(of_x, gradients.context, parameters)
 
         return pullback
+
+
+@contextmanager
+def keeping_inverses(model: nn.Module) -> Iterator[None]:
+    """Within it, a model's flow steps invert their matrices once; its weights must not change."""
+    steps = [layer for layer in model.modules() if isinstance(layer, FlowStep)]
+    with torch.no_grad():
+        for step in steps:
+            step._inverted = step._invert()
+    try:
+        yield
+    finally:
+        for step in steps:
+            step._inverted = None

@@ -326,7 +326,7 @@ class Train(Section):
         "from which the rest is rebuilt",
     )
     drift_limit: Positive = Field(
-        1e-2, description="how far what invert rebuilds may be off before the run ends"
+        1e-2, description="root mean square by which what invert rebuilds may be off"
     )
     clip: Positive | None = Field(None, description="largest norm of the gradient")
     masked_limit: Count = Field(

@@ -204,7 +204,7 @@ class MultiscaleFlow(nn.Module):
         yield
 
     def drifts(self) -> dict[str, Tensor]:
-        """By layer, how far its input was off at most where it was rebuilt; see `activations`."""
+        """By layer, how far its input was off where it was rebuilt; see `activations`."""
         return {
             name: layer.drift for name, layer in self._layers.items() if layer.drift is not None
         }

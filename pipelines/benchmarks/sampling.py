@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from benchmarks.peers import normflows_glow
 from benchmarks.training import add_model_arguments, in_turn
+from glowscale.bijections import keeping_inverses
 from glowscale.config import load_config
 from glowscale.distributed import start_accelerator
 from glowscale.jobs import positive, say
@@ -65,7 +66,8 @@ def beside_peer(arguments: argparse.Namespace, accelerator: Accelerator) -> dict
         "ours": lambda: sample_images(ours, 0, range(count)),
         "normflows": sample_peer,
     }
-    seconds = in_turn(steps, 5 * arguments.repeats)
+    with keeping_inverses(ours):
+        seconds = in_turn(steps, 5 * arguments.repeats)
     speeds = {name: count / value for name, value in seconds.items()}
     ratio = speeds["ours"] / speeds["normflows"]
     say(
