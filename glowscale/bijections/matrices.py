@@ -92,9 +92,10 @@ class LUMatrix(InvertibleMatrix):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """L with its diagonal of ones, and U + diag(s)."""
-        identity = torch.eye(len(self.signs), dtype=self.lower.dtype, device=self.lower.device)
-        lower = self.lower.tril(-1) + identity
-        return lower, self.upper.triu(1) + torch.diag(self.signs * self.log_diagonal.exp())
+        lower, upper = self.lower.tril(-1), self.upper.triu(1)
+        lower.diagonal().fill_(1)
+        upper.diagonal().copy_(self.signs * self.log_diagonal.exp())
+        return lower, upper
 
 
 MATRICES: dict[str, type[InvertibleMatrix]] = {"lu": LUMatrix, "plain": PlainMatrix}

@@ -202,13 +202,12 @@ def write_shard(path: Path, samples: Iterable[Encoded]) -> tuple[Shard, list[int
     count = 0
     try:
         with naming(path), partial.open("wb") as file:
-            writer = webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="")
-            for sample in samples:
-                label = {} if sample.label is None else {"cls": str(sample.label).encode()}
-                notes = {} if sample.notes is None else {"json": sample.notes}
-                writer.write({"__key__": sample.key, "png": sample.png, **label, **notes})
-                count += 1
-            writer.close()
+            with webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:
+                for sample in samples:
+                    label = {} if sample.label is None else {"cls": str(sample.label).encode()}
+                    notes = {} if sample.notes is None else {"json": sample.notes}
+                    writer.write({"__key__": sample.key, "png": sample.png, **label, **notes})
+                    count += 1
             file.flush()
             os.fsync(file.fileno())
         with partial.open("rb") as written:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib import pyplot
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.training import in_turn
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=positive, default=256, help="of the couplings' networks")
     parser.add_argument("--depths", type=positive, nargs="+", default=[8, 64], help="per level")
     parser.add_argument("--repeats", type=positive, default=9, help="timed passes; 1st depth")
+    parser.add_argument("--picture", type=Path, help="draw the activations by depth")
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -75,6 +77,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             }
             activations[way][depth] = {key: round(value, 1) for key, value in found.items()}
             say(f"{way:>9} {depth and 'K=' + depth}: {json.dumps(activations[way][depth])}")
+    if arguments.picture:
+        draw(activations, arguments.picture)
     figures: dict[str, Any] = {"activation_mb": activations}
     first = next(iter(models.values()))
     passes: dict[str, Callable[[], object]] = {
@@ -90,6 +94,18 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"{figures['invert_over_recompute']:.2f} times recompute's"
     )
     return figures
+
+
+def draw(activations: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
+    """The activations of every way over depth."""
+    figure, axes = pyplot.subplots(figsize=(5, 3), layout="constrained")
+    for way, by_depth in activations.items():
+        values = [found["activation_mb"] for found in by_depth.values()]
+        axes.plot([int(depth) for depth in by_depth], values, marker="o", label=way)
+    axes.set(xlabel="flow steps per level", ylabel="activations, MiB", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 def glow(arguments: argparse.Namespace, depth: int) -> dict[str, Any]:

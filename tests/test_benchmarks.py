@@ -1,0 +1,40 @@
+"""The benchmarks run as their commands say, and end with one JSON object."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import Runner, last_json
+
+
+@pytest.mark.long
+def test_memory_by_what_is_kept(tmp_path: Path, run_job: Runner) -> None:
+    picture = tmp_path / "memory.png"
+    sizes = ["--size", 64, "--batch", 4, "--levels", 1, "--width", 16, "--depths", 2, 12]
+    options = [*sizes, "--repeats", 1, "--picture", picture, "--json"]
+    found = last_json(run_job("benchmark.py", "memory", *options))
+    growth = {
+        way: by_depth["12"]["activation_mb"] / by_depth["2"]["activation_mb"]
+        for way, by_depth in found["activation_mb"].items()
+    }
+    assert growth["store"] > 3
+    assert growth["invert"] < 1.05
+    assert growth["invert"] < growth["recompute"] < growth["store"]
+    assert Image.open(picture).size[0] > 300
+
+
+@pytest.mark.long
+def test_training_and_sampling_beside_a_peer(run_job: Runner) -> None:
+    pytest.importorskip("normflows")
+    sizes = ["--size", 8, "--batch", 4, "--levels", 1, "--depth", 2, "--width", 8]
+    found = last_json(run_job("benchmark.py", "train", *sizes, "--repeats", 2, "--json"))
+    speeds = {name: found[name] for name in ("ours", "normflows", "floor")}
+    assert all(speed > 0 for speed in speeds.values())
+    ratio = speeds["ours"] / speeds["normflows"]
+    assert found["ours_over_normflows"] == pytest.approx(ratio, rel=0.01)
+    assert found["ours_over_floor"] == pytest.approx(speeds["ours"] / speeds["floor"], rel=0.01)
+    scaling = ["--sizes", 8, 16, "--depths", 1, 2, "--repeats", 1, "--rounds", 1]
+    grown = last_json(run_job("benchmark.py", "scaling", *sizes, *scaling, "--json"))
+    assert grown["ms"].keys() == {"1", "2"}
+    assert grown["two_processes_over_one"] > 0
