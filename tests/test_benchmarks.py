@@ -34,7 +34,7 @@ def test_training_and_sampling_beside_a_peer(run_job: Runner) -> None:
     ratio = speeds["ours"] / speeds["normflows"]
     assert found["ours_over_normflows"] == pytest.approx(ratio, rel=0.01)
     assert found["ours_over_floor"] == pytest.approx(speeds["ours"] / speeds["floor"], rel=0.01)
-    scaling = ["--sizes", 8, 16, "--depths", 1, 2, "--repeats", 1, "--rounds", 1]
+    scaling = ["--sizes", 8, 16, "--depths", 1, 2, "--repeats", 1, "--turns", 2]
     grown = last_json(run_job("benchmark.py", "scaling", *sizes, *scaling, "--json"))
     assert grown["ms"].keys() == {"1", "2"}
     assert grown["two_processes_over_one"] > 0

@@ -1,19 +1,23 @@
 """How the cost of Glow's training grows: with pixels, with depth, and over two processes.
 
 The table's steps are ours as in `train`, each size and depth of one process. Then the same step by
-one process of two threads and by two processes of one thread, which share its batch, in turn.
+one process of two threads and by two processes of one thread, which share its batch, in turn: all
+are there from the start, and idle while others work.
 """
 
 import argparse
 import multiprocessing
 import os
 import socket
-import statistics
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.training import add_model_arguments, glow_updates, in_turn
+from benchmarks.updates import Updates
 from glowscale.distributed import start_accelerator
 from glowscale.jobs import positive, say
 
@@ -24,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", type=positive, nargs="+", default=[16, 32, 64])
     parser.add_argument("--depths", type=positive, nargs="+", default=[4, 8, 16])
     parser.add_argument("--repeats", type=positive, default=7, help="steps of each")
-    parser.add_argument("--rounds", type=positive, default=3, help="of one and two processes")
+    parser.add_argument("--turns", type=positive, default=15, help="of one and two processes")
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -51,11 +55,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"{by_pixels:.2f} times as much; from K={shallow} to K={deep} a step of flow "
         f"{by_depth:.2f} times"
     )
-    rounds: dict[int, list[float]] = {1: [], 2: []}
-    for number in range(arguments.rounds):
-        for processes, seconds in rounds.items():
-            seconds.append(together(arguments, processes, folder / f"{processes}-{number}"))
-    ratio = statistics.median(rounds[1]) / statistics.median(rounds[2])
+    with Team(arguments, 1, folder / "one") as one, Team(arguments, 2, folder / "two") as two:
+        steps: dict[str, Callable[[], object]] = {"one": one.step, "two": two.step}
+        seconds = in_turn(steps, arguments.turns)
+    ratio = seconds["one"] / seconds["two"]
     say(f"two processes of one thread train at {ratio:.3f} of the speed of one of two threads")
     return {
         "ms": {
@@ -79,30 +82,58 @@ def seconds_of(arguments: argparse.Namespace, folder: Path) -> float:
     return in_turn({"ours": lambda: updates.seconds(1)}, arguments.repeats)["ours"]
 
 
-def together(arguments: argparse.Namespace, processes: int, folder: Path) -> float:
-    """Median seconds of a step by so many fresh processes, which share two threads."""
-    plain = argparse.Namespace(**{k: v for k, v in vars(arguments).items() if k != "measure"})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    before = dict(os.environ)
-    pools = []
-    try:
+class Team:
+    """Fresh processes that train one model together and share two threads; idle between steps.
+
+    Args:
+        arguments: the model's size, and the whole batch.
+        processes: one or two.
+        folder: for the data and the run.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, processes: int, folder: Path) -> None:
+        plain = argparse.Namespace(**{k: v for k, v in vars(arguments).items() if k != "measure"})
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.pools: list[ProcessPoolExecutor] = []
         for rank in range(processes):
-            os.environ.update(
-                OMP_NUM_THREADS=str(2 // processes),
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(processes),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-            )
-            pool = ProcessPoolExecutor(1, mp_context=context)
-            pools.append((pool, pool.submit(seconds_of, plain, folder)))
-        return max(future.result() for _, future in pools)
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        for pool, _ in pools:
+            environment = {
+                "OMP_NUM_THREADS": str(2 // processes),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(1, context, join_team, (environment, plain, folder))
+            self.pools.append(pool)
+
+    def __enter__(self) -> "Team":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self.pools:
             pool.shutdown()
+
+    def step(self) -> None:
+        """One step by all of them."""
+        for future in [pool.submit(step_of_member) for pool in self.pools]:
+            future.result()
+
+
+MEMBER: list[Updates] = []
+"""What a member of a team trains, in its process."""
+
+
+def join_team(environment: dict[str, str], arguments: argparse.Namespace, folder: Path) -> None:
+    """Become a member, in a process that has done nothing before."""
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    MEMBER.append(glow_updates(arguments, folder, start_accelerator(arguments.precision)))
+
+
+def step_of_member() -> None:
+    """One step, together with the others."""
+    MEMBER[0].seconds(1)
