@@ -184,7 +184,7 @@ requeue() {
     job=$(job_id)
     state=$(patiently scontrol --oneliner show job "$job" |
         sed -n 's/.* JobState=\(\S*\).*/\1/p') || true
-    if [[ $state != RUNNING ]]; then
+    if [[ $state != RUNNING && $state != SIGNALING ]]; then # it may be passing a signal on
         say "ended with status $status and is ${state:-unknown} to SLURM, not requeued from here"
         return
     fi

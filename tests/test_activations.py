@@ -25,6 +25,11 @@ from glowscale.dequantization import VariationalDequantizer
 from glowscale.distributed import start_accelerator
 from glowscale.models import MultiscaleFlow, build_model
 from glowscale.networks import ConvolutionalNetwork
+from glowscale.networks.convolution import (
+    _by_convolutions,
+    _unfolding_gradient,
+    _unfolding_input,
+)
 from glowscale.training import Trainer
 from tests.conftest import perturb, tiny_glow
 
@@ -54,6 +59,28 @@ def additive(channels: int, context: int) -> AdditiveCoupling:
     return AdditiveCoupling(ConvolutionalNetwork(channels // 2, channels // 2, 8, context))
 
 
+def sigmoid(channels: int, context: int) -> AffineCoupling:
+    return AffineCoupling(affine(channels, context).network, "sigmoid")
+
+
+def exponential(channels: int, context: int) -> AffineCoupling:
+    return AffineCoupling(affine(channels, context).network, "exponential")
+
+
+def with_any_network(channels: int, context: int) -> AffineCoupling:
+    """Its network is one that does not know the way back itself."""
+    return AffineCoupling(Doubled(affine(channels, context).network))
+
+
+class Doubled(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return 2 * self.network(x, context)
+
+
 def chain(coupling: Callable[[int, int], Any], matrix: str, context: int) -> Sequential:
     steps = [FlowStep(8, coupling(8, context), matrix) for _ in range(3)]
     made = Sequential([Squeeze(), *steps]).double()
@@ -81,7 +108,15 @@ def gradients(
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("context_channels", [0, 3])
 @pytest.mark.parametrize(
-    ("coupling", "matrix"), [(affine, "lu"), (affine, "plain"), (additive, "lu")]
+    ("coupling", "matrix"),
+    [
+        (affine, "lu"),
+        (affine, "plain"),
+        (sigmoid, "lu"),
+        (exponential, "lu"),
+        (additive, "lu"),
+        (with_any_network, "lu"),
+    ],
 )
 def test_gradients_are_those_of_plain_autograd(
     coupling: Callable[[int, int], Any], matrix: str, context_channels: int, way: Activations
@@ -101,6 +136,29 @@ def test_gradients_are_those_of_plain_autograd(
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("inside", "outside"), [(3, 8), (8, 3), (5, 5)])
+def test_all_ways_back_through_a_convolution_are_autograds(inside: int, outside: int) -> None:
+    x = torch.randn(2, inside, 5, 4, dtype=torch.float64, requires_grad=True)
+    conv = nn.Conv2d(inside, outside, 3, padding="same", dtype=torch.float64)
+    y = conv(x)
+    gradient = torch.randn_like(y)
+    expected = torch.autograd.grad(y, [x, conv.weight], gradient)
+    weight = conv.weight.detach()
+    for back in (_unfolding_input, _unfolding_gradient, _by_convolutions):
+        for found, wanted in zip(back(gradient, x.detach(), weight), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+
+
+def test_gradients_may_be_asked_for_again() -> None:
+    module = chain(affine, "lu", 0)
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    for way in WAYS:
+        z, log_det = apply_keeping(way, module, x)
+        loss = z.square().sum() + log_det.sum()
+        once, again = (torch.autograd.grad(loss, x, retain_graph=True)[0] for _ in range(2))
+        torch.testing.assert_close(once, again, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("way", ["recompute", "invert"])

@@ -39,13 +39,20 @@ GRID = ["model.solver.steps=1", "model.evaluation_solver.steps=1"]
 """One step of the solver will do for a step of the training."""
 
 PATHS = sorted((ROOT / "configs").glob("*.yaml"))
+SLOW = ("celeba_hq_256_glow", "cifar10_ffjord")
 
 
 def test_every_config_is_known_here() -> None:
     assert {path.stem for path in PATHS} == set(SHAPES)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.long] if path.stem in SLOW else [], id=path.stem)
+        for path in PATHS
+    ],
+)
 def test_config_takes_one_step_at_full_width(path: Path, tmp_path: Path) -> None:
     shape, grey_levels = SHAPES[path.stem]
     for name in ("train", "test"):

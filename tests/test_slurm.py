@@ -91,7 +91,8 @@ class Job:
                 asked = time.monotonic()
                 facts = self.cluster.facts(self.id)
                 assert asked < end, f"{what}: not in {timeout} s\n{facts}\n{self.text()}"
-                assert facts["JobState"] in ("PENDING", "RUNNING"), f"{facts}\n{self.text()}"
+                going_on = facts["JobState"] in ("PENDING", "RUNNING", "SIGNALING")
+                assert going_on, f"{facts}\n{self.text()}"
             time.sleep(0.05)
 
     def ends(self, state: str) -> None:
