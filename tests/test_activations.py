@@ -247,6 +247,10 @@ def test_inverses_are_kept_while_asked_for_and_no_longer() -> None:
         expected = model.decode(latents, labels)
         with keeping_inverses(model):
             assert torch.equal(model.decode(latents, labels), expected)
+        with torch.autocast("cpu", torch.bfloat16):  # which leaves matrices as they are
+            in_bf16 = model.decode(latents, labels)
+            with keeping_inverses(model):
+                assert torch.equal(model.decode(latents, labels), in_bf16)
         for parameter in model.levels[0].parameters():
             parameter.mul_(0.9)
         latents, _ = model.encode(expected, labels)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from glowscale.bijections.base import Bijection, full_precision
 from glowscale.bijections.matrices import InvertibleMatrix
+from glowscale.pixels import image_of, pixels_of
 
 
 class Invertible1x1Conv(Bijection):
@@ -37,11 +38,4 @@ class Invertible1x1Conv(Bijection):
 
 def mix_channels(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """W x + b at every pixel of x (B, C, H, W), as one product of matrices."""
-    batch, channels, height, width = x.shape
-    z = F.linear(pixels_of(x), matrix, bias)
-    return z.view(batch, height, width, channels).permute(0, 3, 1, 2)
-
-
-def pixels_of(x: Tensor) -> Tensor:
-    """(B, C, H, W) to (B·H·W, C); of images channels-last without a copy."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return image_of(F.linear(pixels_of(x), matrix, bias), x)

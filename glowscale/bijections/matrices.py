@@ -26,9 +26,9 @@ class InvertibleMatrix(nn.Module):
         raise TypeError(f"{type(self).__name__} must define forward().")
 
     def inverse_matrix(self) -> Tensor:
-        """W⁻¹ (D, D), computed in float64; not finite where there is none."""
+        """W⁻¹ (D, D), see `inverse_of`."""
         matrix, _ = self()
-        return torch.linalg.inv_ex(matrix.double()).inverse.to(matrix.dtype)
+        return inverse_of(matrix)
 
     def differentiate(self) -> Parametrized:
         """As `forward`, with the way back."""
@@ -100,6 +100,11 @@ class LUMatrix(InvertibleMatrix):
 
 MATRICES: dict[str, type[InvertibleMatrix]] = {"lu": LUMatrix, "plain": PlainMatrix}
 """The parametrizations by the name that a config gives them."""
+
+
+def inverse_of(matrix: Tensor) -> Tensor:
+    """The inverse of a matrix (D, D), computed in float64; not finite where there is none."""
+    return torch.linalg.inv_ex(matrix.double()).inverse.to(matrix.dtype)
 
 
 def random_rotation(dim: int) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from glowscale.bijections.activations import apply_stored
 from glowscale.bijections.actnorm import ActNorm
 from glowscale.bijections.base import Bijection, Gradients, Pullback, full_precision
-from glowscale.bijections.conv1x1 import Invertible1x1Conv, mix_channels, pixels_of
+from glowscale.bijections.conv1x1 import Invertible1x1Conv, mix_channels
 from glowscale.bijections.coupling import Coupling
-from glowscale.bijections.matrices import MATRICES, Parametrized
+from glowscale.bijections.matrices import MATRICES, Parametrized, inverse_of
+from glowscale.pixels import pixels_of
 
 
 class FlowStep(Bijection):
@@ -65,7 +66,7 @@ class FlowStep(Bijection):
         """Undo the coupling, unmix the channels, undo the normalization."""
         y = self.coupling.inverse(z, context)
         with full_precision(y):
-            return self._unmix(y)
+            return mix_channels(y, *(self._inverted or self._invert(self.conv.matrix()[0])))
 
     def differentiate(
         self, x: Tensor, context: Tensor | None = None
@@ -84,22 +85,19 @@ class FlowStep(Bijection):
         """As `inverse`, outside of any graph; also what takes gradients from z to x, once."""
         y, pullback = self.coupling.rebuild(z, context)
         with torch.no_grad(), full_precision(y):
-            x = self._unmix(y)
             parametrized = self.conv.matrix.differentiate()
             weight, _ = self._fold(parametrized.matrix)
+            x = mix_channels(y, *self._invert(parametrized.matrix))
         return x, self._pullback(x, weight, parametrized, pullback)
 
     def _fold(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """ActNorm and convolution as one weight (C, C) and bias (C,)."""
         return matrix * self.actnorm.log_scale.exp(), matrix @ self.actnorm.bias
 
-    def _unmix(self, y: Tensor) -> Tensor:
-        return mix_channels(y, *(self._inverted or self._invert()))
-
-    def _invert(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the inverse map."""
+    def _invert(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the inverse of what `_fold` gives."""
         shrink = (-self.actnorm.log_scale).exp()
-        return shrink[:, None] * self.conv.matrix.inverse_matrix(), -shrink * self.actnorm.bias
+        return shrink[:, None] * inverse_of(matrix), -shrink * self.actnorm.bias
 
     def _log_det(self, x: Tensor, of_matrix: Tensor) -> Tensor:
         return math.prod(x.shape[2:]) * (of_matrix + self.actnorm.log_scale.sum())
@@ -130,9 +128,9 @@ class FlowStep(Bijection):
 def keeping_inverses(model: nn.Module) -> Iterator[None]:
     """Within it, a model's flow steps invert their matrices once; its weights must not change."""
     steps = [layer for layer in model.modules() if isinstance(layer, FlowStep)]
-    with torch.no_grad():
-        for step in steps:
-            step._inverted = step._invert()
+    for step in steps:
+        with torch.no_grad(), full_precision(step.actnorm.log_scale):
+            step._inverted = step._invert(step.conv.matrix()[0])
     try:
         yield
     finally:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glowscale.pixels import image_of, pixels_of
+
 ConvPullback = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """From the gradient of the result to those of x, the weight and the bias."""
 
@@ -27,16 +29,16 @@ def differentiate_conv(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, ConvPullback
     dtype = _dtype(x)
     x, low, low_bias = x.to(dtype), weight.detach().to(dtype), bias.detach().to(dtype)
     if low.shape[2] == 1:
-        y = _image(F.linear(_pixels(x), low.flatten(1), low_bias), x)
+        y = image_of(F.linear(pixels_of(x), low.flatten(1), low_bias), x)
     else:
         y = F.conv2d(x, low, low_bias, padding="same")
 
     def pullback(gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         of_bias = gradient.sum((0, 2, 3), dtype=bias.dtype)
         if low.shape[2] == 1:
-            pixels = _pixels(gradient)
-            of_weight = (pixels.T @ _pixels(x))[:, None, None].permute(0, 3, 1, 2)
-            of_x = _image(pixels @ low.flatten(1), x)
+            pixels = pixels_of(gradient)
+            of_weight = (pixels.T @ pixels_of(x))[:, None, None].permute(0, 3, 1, 2)
+            of_x = image_of(pixels @ low.flatten(1), x)
         elif x.is_cuda:
             of_x, of_weight = _by_convolutions(gradient, x, low)
         elif x.shape[1] <= gradient.shape[1]:
@@ -65,7 +67,7 @@ def _by_convolutions(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tenso
 def _unfolding_input(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight of a 3×3 convolution of few channels."""
     out_channels, channels = weight.shape[:2]
-    pixels = _pixels(gradient)
+    pixels = pixels_of(gradient)
     of_weight = (pixels.T @ _unfold(x)).view(out_channels, 3, 3, channels).permute(0, 3, 1, 2)
     taps = pixels @ weight.permute(0, 2, 3, 1).reshape(out_channels, 9 * channels)
     return _fold(taps, x), of_weight
@@ -76,9 +78,9 @@ def _unfolding_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> tuple[Te
     out_channels, channels = weight.shape[:2]
     taps = _unfold(gradient)  # seen from x, a kernel is turned around
     turned = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(9 * out_channels, channels)
-    of_turned = (taps.T @ _pixels(x)).view(3, 3, out_channels, channels).flip(0, 1)
+    of_turned = (taps.T @ pixels_of(x)).view(3, 3, out_channels, channels).flip(0, 1)
     of_weight = of_turned.permute(2, 0, 1, 3).contiguous().permute(0, 3, 1, 2)
-    return _image(taps @ turned, x), of_weight
+    return image_of(taps @ turned, x), of_weight
 
 
 def _unfold(x: Tensor) -> Tensor:
@@ -103,17 +105,6 @@ def _fold(taps: Tensor, like: Tensor) -> Tensor:
     for i in range(3):
         padded[:, i : i + height] += rows[:, :, 1:-1, i]
     return padded[:, 1:-1].permute(0, 3, 1, 2)
-
-
-def _pixels(x: Tensor) -> Tensor:
-    """(B, C, H, W) to (B·H·W, C); of images channels-last without a copy."""
-    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-
-
-def _image(pixels: Tensor, like: Tensor) -> Tensor:
-    """(B·H·W, C) to (B, C, H, W)."""
-    batch, _, height, width = like.shape
-    return pixels.view(batch, height, width, pixels.shape[1]).permute(0, 3, 1, 2)
 
 
 def _dtype(x: Tensor) -> torch.dtype:

@@ -76,7 +76,7 @@ def activation_bytes(model: MultiscaleFlow) -> int:
     Weights and their gradients do not count, nor what a convolution needs for itself.
     """
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+        parameter.register_post_accumulate_grad_hook(drop_gradient)  # type: ignore[no-untyped-call]
     images = torch.zeros(1, *model.image_shape, dtype=torch.uint8, device=model.device)
     labels = torch.zeros(1, dtype=torch.int64, device=model.device)
     with _Held(model.parameters()) as held:
@@ -85,7 +85,8 @@ def activation_bytes(model: MultiscaleFlow) -> int:
     return held.most
 
 
-def _drop_gradient(parameter: Tensor) -> None:
+def drop_gradient(parameter: Tensor) -> None:
+    """Forget a gradient, which is a cost of parameters and not of activations."""
     parameter.grad = None
 
 

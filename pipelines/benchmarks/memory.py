@@ -24,6 +24,7 @@ from glowscale.bijections.activations import Activations
 from glowscale.config import load_config
 from glowscale.jobs import positive, say
 from glowscale.models import build_model
+from glowscale.training.plan import drop_gradient
 
 WAYS: tuple[Activations, ...] = ("store", "recompute", "invert")
 MIB = 2**20
@@ -137,11 +138,6 @@ def pass_of(work: Work, keeps_gradients: bool = True) -> Callable[[], None]:
         model(images).log_prob.sum().backward()
 
     return once
-
-
-def drop_gradient(parameter: torch.Tensor) -> None:
-    """Forget a gradient, which is a cost of parameters and not of activations."""
-    parameter.grad = None
 
 
 def in_fresh_process(work: Work) -> Peak:
