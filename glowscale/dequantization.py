@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from glowscale.bijections import (
-    AffineCoupling,
+    Affine,
     Bijection,
+    Coupling,
     FlowStep,
     Sequential,
     Sigmoid,
@@ -88,7 +89,7 @@ class VariationalDequantizer(Dequantizer):
             network = ConvolutionalNetwork(
                 channels // 2, channels, hidden_channels, context_channels
             )
-            steps.append(FlowStep(channels, AffineCoupling(network)))
+            steps.append(FlowStep(channels, Coupling(network, Affine())))
         self.flow = Sequential([self.squeeze, *steps, Unsqueeze()])
         self.sigmoid = Sigmoid()  # whose inverse is not exact enough to rebuild its input
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from glowscale.bijections import (
-    AdditiveCoupling,
-    AffineCoupling,
+    Additive,
+    Affine,
     Bijection,
+    Coupling,
     FlowStep,
     LUMatrix,
     PlainMatrix,
@@ -51,25 +52,25 @@ class Plain(Bijection):
         return x, total
 
 
-def affine(channels: int, context: int) -> AffineCoupling:
-    return AffineCoupling(ConvolutionalNetwork(channels // 2, channels, 8, context))
+def affine(channels: int, context: int) -> Coupling:
+    return Coupling(ConvolutionalNetwork(channels // 2, channels, 8, context), Affine())
 
 
-def additive(channels: int, context: int) -> AdditiveCoupling:
-    return AdditiveCoupling(ConvolutionalNetwork(channels // 2, channels // 2, 8, context))
+def additive(channels: int, context: int) -> Coupling:
+    return Coupling(ConvolutionalNetwork(channels // 2, channels // 2, 8, context), Additive())
 
 
-def sigmoid(channels: int, context: int) -> AffineCoupling:
-    return AffineCoupling(affine(channels, context).network, "sigmoid")
+def sigmoid(channels: int, context: int) -> Coupling:
+    return Coupling(affine(channels, context).network, Affine("sigmoid"))
 
 
-def exponential(channels: int, context: int) -> AffineCoupling:
-    return AffineCoupling(affine(channels, context).network, "exponential")
+def exponential(channels: int, context: int) -> Coupling:
+    return Coupling(affine(channels, context).network, Affine("exponential"))
 
 
-def with_any_network(channels: int, context: int) -> AffineCoupling:
+def with_any_network(channels: int, context: int) -> Coupling:
     """Its network is one that does not know the way back itself."""
-    return AffineCoupling(Doubled(affine(channels, context).network))
+    return Coupling(Doubled(affine(channels, context).network), Affine())
 
 
 class Doubled(nn.Module):

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from glowscale.bijections import (
     ActNorm,
-    AdditiveCoupling,
-    AffineCoupling,
+    Additive,
+    Affine,
     AffinePixels,
     Bijection,
+    CheckerboardMask,
+    Coupling,
     FlowStep,
     Invertible1x1Conv,
     LogitPixels,
@@ -70,7 +72,7 @@ def unit(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def step(channels: int) -> FlowStep:
-    return FlowStep(channels, AffineCoupling(ConvolutionalNetwork(channels // 2, channels, 8)))
+    return FlowStep(channels, Coupling(ConvolutionalNetwork(channels // 2, channels, 8), Affine()))
 
 
 def continuous(context_channels: int = 0, **arguments: str) -> ContinuousFlow:
@@ -78,26 +80,37 @@ def continuous(context_channels: int = 0, **arguments: str) -> ContinuousFlow:
     return ContinuousFlow(velocity, Solver("rk4", steps=16), trace="exact", **arguments)  # type: ignore[arg-type]
 
 
+def checkerboard(odd: bool, context_channels: int = 0) -> Coupling:
+    channels = 1 if odd else 2
+    network = ConvolutionalNetwork(channels, 2 * channels, 8, context_channels)
+    return Coupling(network, Affine(), CheckerboardMask(odd))
+
+
 CASES = {
     "actnorm": Case(lambda: ActNorm(4)),
     "actnorm_vectors": Case(lambda: ActNorm(4), (4,)),
     "conv1x1_lu": Case(lambda: Invertible1x1Conv(LUMatrix(4))),
     "conv1x1_plain": Case(lambda: Invertible1x1Conv(PlainMatrix(4))),
-    "affine_tanh": Case(lambda: AffineCoupling(ConvolutionalNetwork(2, 4, 8))),
-    "affine_sigmoid": Case(lambda: AffineCoupling(ConvolutionalNetwork(2, 4, 8), "sigmoid")),
+    "affine_tanh": Case(lambda: Coupling(ConvolutionalNetwork(2, 4, 8), Affine())),
+    "affine_sigmoid": Case(lambda: Coupling(ConvolutionalNetwork(2, 4, 8), Affine("sigmoid"))),
     "affine_exponential": Case(
-        lambda: AffineCoupling(ConvolutionalNetwork(2, 4, 8), "exponential")
+        lambda: Coupling(ConvolutionalNetwork(2, 4, 8), Affine("exponential"))
     ),
-    "affine_odd_channels": Case(lambda: AffineCoupling(ConvolutionalNetwork(2, 6, 8)), (5, 2, 2)),
+    "affine_odd_channels": Case(
+        lambda: Coupling(ConvolutionalNetwork(2, 6, 8), Affine()), (5, 2, 2)
+    ),
     "affine_conditional": Case(
-        lambda: AffineCoupling(ConvolutionalNetwork(2, 4, 8, context_channels=3)),
+        lambda: Coupling(ConvolutionalNetwork(2, 4, 8, context_channels=3), Affine()),
         context=(3, 2, 3),
     ),
     "affine_class": Case(
-        lambda: AffineCoupling(ConvolutionalNetwork(2, 4, 8, context_channels=3)),
+        lambda: Coupling(ConvolutionalNetwork(2, 4, 8, context_channels=3), Affine()),
         context=(3, 1, 1),
     ),
-    "additive": Case(lambda: AdditiveCoupling(ConvolutionalNetwork(2, 2, 8))),
+    "additive": Case(lambda: Coupling(ConvolutionalNetwork(2, 2, 8), Additive())),
+    "checkerboard_even": Case(lambda: checkerboard(odd=False), (2, 3, 4)),
+    "checkerboard_odd": Case(lambda: checkerboard(odd=True), (1, 2, 6)),
+    "checkerboard_class": Case(lambda: checkerboard(False, 3), (2, 3, 4), (3, 1, 1)),
     "squeeze": Case(Squeeze, (3, 4, 2)),
     "unsqueeze": Case(Unsqueeze, (8, 2, 1)),
     "affine_pixels": Case(lambda: AffinePixels(16), draw=pixels),
@@ -222,7 +235,7 @@ def test_matrix_starts_as_a_rotation_and_knows_its_log_det(
 
 def test_couplings_start_as_the_identity_and_keep_half_the_channels() -> None:
     x = torch.randn(2, 6, 3, 3)
-    fresh = AffineCoupling(ConvolutionalNetwork(3, 6, 8))
+    fresh = Coupling(ConvolutionalNetwork(3, 6, 8), Affine())
     assert torch.equal(fresh(x)[0], x)
     perturb(fresh)
     z, _ = fresh(x)
@@ -230,12 +243,22 @@ def test_couplings_start_as_the_identity_and_keep_half_the_channels() -> None:
     assert not torch.allclose(z[:, 3:], x[:, 3:])
 
 
+@pytest.mark.parametrize("odd", [False, True])
+def test_a_checkerboard_keeps_the_pixels_of_one_colour(odd: bool) -> None:
+    coupling = checkerboard(odd)
+    perturb(coupling)
+    x = torch.randn(2, 1 if odd else 2, 4, 6)
+    changed = (coupling(x)[0] != x).any(1).any(0)
+    row, column = torch.meshgrid(torch.arange(4), torch.arange(6), indexing="ij")
+    assert torch.equal(changed, (row + column) % 2 != int(odd))
+
+
 def test_default_scale_is_bounded() -> None:
     class Loud(nn.Module):
         def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
             return torch.full((x.shape[0], 4, *x.shape[2:]), 1e4)
 
-    _, log_det = AffineCoupling(Loud())(torch.randn(1, 4, 1, 1))
+    _, log_det = Coupling(Loud(), Affine())(torch.randn(1, 4, 1, 1))
     assert 0 < log_det.item() <= 2 * 2.0
 
 
@@ -250,7 +273,9 @@ def test_misfits_are_refused_with_their_sizes() -> None:
     with pytest.raises(ValueError, match="even sides, not 3×4"):
         Squeeze()(torch.zeros(1, 1, 3, 4))
     with pytest.raises(ValueError, match="at least 2 channels, not 1"):
-        AdditiveCoupling(ConvolutionalNetwork(1, 1, 4))(torch.zeros(1, 1, 2, 2))
+        Coupling(ConvolutionalNetwork(1, 1, 4), Additive())(torch.zeros(1, 1, 2, 2))
+    with pytest.raises(ValueError, match="even width, not 3"):
+        checkerboard(odd=False)(torch.zeros(1, 2, 4, 3))
     with pytest.raises(ValueError, match=r"alpha < 0\.5, not 0"):
         LogitPixels(16, alpha=0)
 

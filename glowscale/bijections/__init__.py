@@ -3,29 +3,35 @@
 from glowscale.bijections.actnorm import ActNorm, initializing
 from glowscale.bijections.base import Bijection, Sequential, Shape
 from glowscale.bijections.conv1x1 import Invertible1x1Conv
-from glowscale.bijections.coupling import AdditiveCoupling, AffineCoupling, Coupling
+from glowscale.bijections.coupling import Coupling
 from glowscale.bijections.elementwise import AffinePixels, LogitPixels, Sigmoid
+from glowscale.bijections.masks import ChannelMask, CheckerboardMask, Mask
 from glowscale.bijections.matrices import InvertibleMatrix, LUMatrix, PlainMatrix
 from glowscale.bijections.squeeze import Squeeze, Unsqueeze
 from glowscale.bijections.step import FlowStep, keeping_inverses
+from glowscale.bijections.transforms import Additive, Affine, Transform
 
 __all__ = [
     "ActNorm",
-    "AdditiveCoupling",
-    "AffineCoupling",
+    "Additive",
+    "Affine",
     "AffinePixels",
     "Bijection",
+    "ChannelMask",
+    "CheckerboardMask",
     "Coupling",
     "FlowStep",
     "Invertible1x1Conv",
     "InvertibleMatrix",
     "LUMatrix",
     "LogitPixels",
+    "Mask",
     "PlainMatrix",
     "Sequential",
     "Shape",
     "Sigmoid",
     "Squeeze",
+    "Transform",
     "Unsqueeze",
     "initializing",
     "keeping_inverses",

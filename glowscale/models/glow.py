@@ -1,23 +1,19 @@
 """Glow: every level squeezes, then repeats ActNorm, 1×1 convolution and coupling."""
 
-from torch import nn
-
 from glowscale.bijections import (
-    AdditiveCoupling,
-    AffineCoupling,
+    Additive,
+    Affine,
     Bijection,
     Coupling,
     FlowStep,
     Sequential,
     Squeeze,
+    Transform,
 )
 from glowscale.bijections.activations import Activations
 from glowscale.dequantization import Dequantizer
 from glowscale.models.multiscale import MultiscaleFlow, refuse_odd_sides
 from glowscale.networks import ConvolutionalNetwork
-
-COUPLINGS: dict[str, type[Coupling]] = {"affine": AffineCoupling, "additive": AdditiveCoupling}
-"""Couplings by the name that a config gives them."""
 
 
 class Glow(MultiscaleFlow):
@@ -30,7 +26,7 @@ class Glow(MultiscaleFlow):
         depth: K, the flow steps of each level.
         hidden_channels: width of the couplings' networks.
         coupling: `affine` or `additive`.
-        scale: how an affine coupling bounds its scale, see `AffineCoupling`.
+        scale: how an affine coupling bounds its scale, see `Affine`.
         matrix: parametrization of the 1×1 convolutions, `lu` or `plain`.
         classes: number of classes that the couplings and the top prior are conditional on.
         class_channels: features of a class; 0 makes the model unconditional.
@@ -65,9 +61,17 @@ class Glow(MultiscaleFlow):
     ) -> None:
         refuse_odd_sides(image_shape, levels, squeezes=levels)
 
+        transform: Transform = Affine(scale) if coupling == "affine" else Additive()
+
         def make_step(channels: int) -> FlowStep:
-            widths = (channels, hidden_channels, class_channels if classes else 0)
-            return FlowStep(channels, make_coupling(coupling, *widths, scale), matrix)
+            kept = channels // 2
+            network = ConvolutionalNetwork(
+                kept,
+                transform.parameters_per_value * (channels - kept),
+                hidden_channels,
+                class_channels if classes else 0,
+            )
+            return FlowStep(channels, Coupling(network, transform), matrix)
 
         def make_level(channels: int) -> Bijection:
             return Sequential([Squeeze(), *(make_step(channels) for _ in range(depth))])
@@ -83,15 +87,3 @@ class Glow(MultiscaleFlow):
             class_channels=class_channels,
             activations=activations,
         )
-
-
-def make_coupling(
-    kind: str, channels: int, hidden_channels: int, context_channels: int, scale: str
-) -> Coupling:
-    """A coupling of `channels` with a convolutional network; `scale` matters to affine alone."""
-    kept = channels // 2
-    out_channels = COUPLINGS[kind].parameters_per_channel * (channels - kept)
-    network: nn.Module = ConvolutionalNetwork(
-        kept, out_channels, hidden_channels, context_channels
-    )
-    return AffineCoupling(network, scale) if kind == "affine" else COUPLINGS[kind](network)
