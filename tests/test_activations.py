@@ -16,6 +16,7 @@ from glowscale.bijections import (
     FlowStep,
     LUMatrix,
     PlainMatrix,
+    RecursiveCoupling,
     Sequential,
     Squeeze,
     keeping_inverses,
@@ -68,6 +69,10 @@ def exponential(channels: int, context: int) -> Coupling:
     return Coupling(affine(channels, context).network, Affine("exponential"))
 
 
+def recursive(channels: int, context: int) -> RecursiveCoupling:
+    return RecursiveCoupling(channels, lambda part: affine(part, context), recursions=1)
+
+
 def with_any_network(channels: int, context: int) -> Coupling:
     """Its network is one that does not know the way back itself."""
     return Coupling(Doubled(affine(channels, context).network), Affine())
@@ -116,6 +121,7 @@ def gradients(
         (sigmoid, "lu"),
         (exponential, "lu"),
         (additive, "lu"),
+        (recursive, "lu"),
         (with_any_network, "lu"),
     ],
 )

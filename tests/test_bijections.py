@@ -23,6 +23,7 @@ from glowscale.bijections import (
     LogitPixels,
     LUMatrix,
     PlainMatrix,
+    RecursiveCoupling,
     Sequential,
     Sigmoid,
     Squeeze,
@@ -86,6 +87,15 @@ def checkerboard(odd: bool, context_channels: int = 0) -> Coupling:
     return Coupling(network, Affine(), CheckerboardMask(odd))
 
 
+def recursive(channels: int, recursions: int, context_channels: int = 0) -> RecursiveCoupling:
+    def make_coupling(channels: int) -> Coupling:
+        kept = channels // 2
+        widths = (kept, 2 * (channels - kept), 8, context_channels)
+        return Coupling(ConvolutionalNetwork(*widths), Affine())
+
+    return RecursiveCoupling(channels, make_coupling, recursions)
+
+
 CASES = {
     "actnorm": Case(lambda: ActNorm(4)),
     "actnorm_vectors": Case(lambda: ActNorm(4), (4,)),
@@ -111,6 +121,9 @@ CASES = {
     "checkerboard_even": Case(lambda: checkerboard(odd=False), (2, 3, 4)),
     "checkerboard_odd": Case(lambda: checkerboard(odd=True), (1, 2, 6)),
     "checkerboard_class": Case(lambda: checkerboard(False, 3), (2, 3, 4), (3, 1, 1)),
+    "recursive": Case(lambda: recursive(4, 1)),
+    "recursive_odd_class": Case(lambda: recursive(5, 9, 3), (5, 1, 2), (3, 1, 1)),
+    "recursive_step": Case(lambda: FlowStep(4, recursive(4, 9))),
     "squeeze": Case(Squeeze, (3, 4, 2)),
     "unsqueeze": Case(Unsqueeze, (8, 2, 1)),
     "affine_pixels": Case(lambda: AffinePixels(16), draw=pixels),
@@ -251,6 +264,20 @@ def test_a_checkerboard_keeps_the_pixels_of_one_colour(odd: bool) -> None:
     changed = (coupling(x)[0] != x).any(1).any(0)
     row, column = torch.meshgrid(torch.arange(4), torch.arange(6), indexing="ij")
     assert torch.equal(changed, (row + column) % 2 != int(odd))
+
+
+@pytest.mark.parametrize(("recursions", "filled"), [(0, 9), (1, 13), (9, 15)])
+def test_recursion_fills_the_triangle_of_the_jacobian(recursions: int, filled: int) -> None:
+    """Of the 15 places below the diagonal 9 lie between the halves, then 4, then 2."""
+    flow = recursive(6, recursions).double()
+    perturb(flow)
+    x = torch.randn(1, 6, 1, 1, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v: flow(v.view(1, 6, 1, 1))[0].flatten(), x.flatten()
+    )
+    assert torch.equal(jacobian.triu(1), torch.zeros(6, 6).double())
+    assert (jacobian.tril(-1) != 0).sum() == filled
+    assert jacobian.diagonal().prod().log().item() == pytest.approx(flow(x)[1].item(), abs=1e-10)
 
 
 def test_default_scale_is_bounded() -> None:

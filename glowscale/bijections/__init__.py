@@ -7,6 +7,7 @@ from glowscale.bijections.coupling import Coupling
 from glowscale.bijections.elementwise import AffinePixels, LogitPixels, Sigmoid
 from glowscale.bijections.masks import ChannelMask, CheckerboardMask, Mask
 from glowscale.bijections.matrices import InvertibleMatrix, LUMatrix, PlainMatrix
+from glowscale.bijections.recursive import RecursiveCoupling
 from glowscale.bijections.squeeze import Squeeze, Unsqueeze
 from glowscale.bijections.step import FlowStep, keeping_inverses
 from glowscale.bijections.transforms import Additive, Affine, Transform
@@ -27,6 +28,7 @@ __all__ = [
     "LogitPixels",
     "Mask",
     "PlainMatrix",
+    "RecursiveCoupling",
     "Sequential",
     "Shape",
     "Sigmoid",

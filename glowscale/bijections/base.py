@@ -113,11 +113,53 @@ class Sequential(Bijection):
             z = bijection.inverse(z, context)
         return z
 
+    def differentiate(
+        self, x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Pullback]:
+        """As `forward`, outside of any graph; also what takes gradients back, once."""
+        total = zero_log_det(x)
+        pullbacks = []
+        for bijection in self.bijections:
+            x, log_det, pullback = bijection.differentiate(x, context)
+            total = total + log_det
+            pullbacks.append(pullback)
+        return x, total, chain_pullbacks(pullbacks)
+
+    def rebuild(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Pullback]:
+        """As `inverse`, outside of any graph; also what takes gradients from z to x, once."""
+        pullbacks = []
+        for bijection in reversed(self.bijections):
+            z, pullback = bijection.rebuild(z, context)
+            pullbacks.append(pullback)
+        return z, chain_pullbacks(pullbacks[::-1])
+
     def output_shape(self, shape: Shape) -> Shape:
         """Shape after the last bijection."""
         for bijection in self.bijections:
             shape = bijection.output_shape(shape)
         return shape
+
+
+def chain_pullbacks(pullbacks: Sequence[Pullback]) -> Pullback:
+    """Back through bijections that were applied one after the other, last to first."""
+
+    def pullback(grad_z: Tensor, grad_log_det: Tensor) -> Gradients:
+        of_context: Tensor | None = None
+        of_parameters: tuple[Tensor | None, ...] = ()
+        for part in reversed(pullbacks):
+            gradients = part(grad_z, grad_log_det)
+            grad_z, of_context = gradients.x, add_gradients(of_context, gradients.context)
+            of_parameters = (*gradients.parameters, *of_parameters)
+        return Gradients(grad_z, of_context, of_parameters)
+
+    return pullback
+
+
+def add_gradients(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of gradients, of which None stands for none."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one + other
 
 
 def differentiate(

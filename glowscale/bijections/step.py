@@ -12,13 +12,12 @@ from glowscale.bijections.activations import apply_stored
 from glowscale.bijections.actnorm import ActNorm
 from glowscale.bijections.base import Bijection, Gradients, Pullback, full_precision
 from glowscale.bijections.conv1x1 import Invertible1x1Conv, mix_channels
-from glowscale.bijections.coupling import Coupling
 from glowscale.bijections.matrices import MATRICES, Parametrized, inverse_of
 from glowscale.pixels import pixels_of
 
 
 class FlowStep(Bijection):
-    """ActNorm, then an invertible 1×1 convolution, then a coupling.
+    """ActNorm, then an invertible 1×1 convolution, then a coupling, or what stands in its place.
 
     Source: Glow (Kingma & Dhariwal 2018), figure 2a. ActNorm and convolution are affine maps of
     the channels, y = W (s x + b), and so are computed as one; its gradients are written out, for
@@ -26,11 +25,11 @@ class FlowStep(Bijection):
 
     Args:
         channels: of x (B, C, H, W).
-        coupling: a coupling of so many channels.
+        coupling: of so many channels; any bijection that has no penalties.
         matrix: parametrization of the 1×1 convolution, a key of `MATRICES`.
     """
 
-    def __init__(self, channels: int, coupling: Coupling, matrix: str = "lu") -> None:
+    def __init__(self, channels: int, coupling: Bijection, matrix: str = "lu") -> None:
         super().__init__()
         conv = Invertible1x1Conv(MATRICES[matrix](channels))
         self.bijections = nn.ModuleList([ActNorm(channels), conv, coupling])
@@ -47,9 +46,9 @@ class FlowStep(Bijection):
         return cast("Invertible1x1Conv", self.bijections[1])
 
     @property
-    def coupling(self) -> Coupling:
+    def coupling(self) -> Bijection:
         """Its last part."""
-        return cast("Coupling", self.bijections[2])
+        return cast("Bijection", self.bijections[2])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalize and mix the channels of x (B, C, H, W), then couple them."""
