@@ -9,7 +9,8 @@ import yaml
 
 from glowscale.config import ConfigError, describe, differences, load_config, parse_config
 from glowscale.config.load import sections_of
-from glowscale.config.schema import Config, Section
+from glowscale.config.schema import Config
+from glowscale.config.section import Section
 
 
 @pytest.fixture

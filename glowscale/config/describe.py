@@ -6,7 +6,11 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from glowscale.config.load import sections_of
-from glowscale.config.schema import Config, Data, Optimizer, Section
+from glowscale.config.schema import Config, Data, Optimizer
+from glowscale.config.section import Section
+
+TAGS = ("kind", "family")
+"""Keys that tell which of several sections one is; they come first."""
 
 
 def describe() -> str:
@@ -35,14 +39,15 @@ def sources() -> dict[str, tuple[str, dict[str, tuple[str, bool]]]]:
 
 
 def _describe(section: type[Section], prefix: str) -> Iterator[tuple[str, str]]:
-    for name, field in section.model_fields.items():
+    fields = section.model_fields
+    for name, field in sorted(fields.items(), key=lambda item: item[0] not in TAGS):
         key = prefix + name
         sections = sections_of(field.annotation)
         if not sections or field.description:
             yield key, f"{_type_name(field)}{_default_text(field)}: {field.description}"
         for inner in sections:
-            fields = inner.model_fields
-            tag = fields.get("kind", fields.get("family")) if len(sections) > 1 else None
+            tags = [inner.model_fields[tag] for tag in TAGS if tag in inner.model_fields]
+            tag = tags[0] if tags and len(sections) > 1 else None
             infix = f"[{get_args(tag.annotation)[0]}]" if tag else ""
             yield from _describe(inner, f"{key}{infix}.")
 

@@ -10,7 +10,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from glowscale.config.schema import Config, Section, Source
+from glowscale.config.schema import Config, Source
+from glowscale.config.section import Section
 from glowscale.errors import UserError
 
 
@@ -107,11 +108,24 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise ConfigError(f"The override {override!r} must have the form dotted.key=value.")
     *parents, last = dotted.split(".")
+    inner: Any = content
     for parent in parents:
-        content = content.setdefault(parent, {})
-        if not isinstance(content, dict):
+        if isinstance(inner, list):
+            inner = inner[_index(inner, parent, override)]
+        else:
+            inner = inner.setdefault(parent, {})
+        if not isinstance(inner, dict | list):
             raise ConfigError(f"The override {override!r} goes below {parent!r}, a plain value.")
-    content[last] = _parse_yaml(value, f"The override {override!r}")
+    key = _index(inner, last, override) if isinstance(inner, list) else last
+    inner[key] = _parse_yaml(value, f"The override {override!r}")
+
+
+def _index(entries: Sequence[Any], text: str, override: str) -> int:
+    """The place in a list that part of an override's key names."""
+    if text.isdecimal() and int(text) < len(entries):
+        return int(text)
+    last = len(entries) - 1
+    raise ConfigError(f"The override {override!r} needs a place from 0 to {last}, not {text!r}.")
 
 
 def _sentence(error: ErrorDetails, content: Mapping[str, Any]) -> str:
@@ -142,7 +156,7 @@ def _path_without_tags(loc: Sequence[int | str], content: Any) -> list[str]:  # 
     """Pydantic puts a union's tag into the path; keep only the keys that a user wrote."""
     path = []
     for index, part in enumerate(loc):
-        present = isinstance(content, Mapping) and part in content
+        present = part in (content if isinstance(content, Mapping) else _places(content))
         if present or index == len(loc) - 1:
             path.append(str(part))
         if present:
@@ -150,18 +164,28 @@ def _path_without_tags(loc: Sequence[int | str], content: Any) -> list[str]:  # 
     return path
 
 
+def _places(content: Any) -> range:  # noqa: ANN401
+    """The indices of a list; none of anything else."""
+    return range(len(content)) if isinstance(content, list | tuple) else range(0)
+
+
 def _allowed_keys(path: Sequence[str], content: Any) -> list[str]:  # noqa: ANN401
     section: type[Section] = Config
+    sections = [section]
     for part in path[:-1]:
-        content = content[part]
-        sections = sections_of(section.model_fields[part].annotation)
-        section = next((s for s in sections if _matches(s, content)), sections[0])
+        if isinstance(content, Mapping):
+            content = content[part]
+            sections = sections_of(section.model_fields[part].annotation)
+        else:
+            content = content[int(part)]
+        if isinstance(content, Mapping):
+            section = next((s for s in sections if _matches(s, content)), sections[0])
     return list(section.model_fields)
 
 
 def _matches(section: type[Section], content: Mapping[str, Any]) -> bool:
-    tag = section.model_fields.get("kind")
-    return tag is None or content.get("kind") in get_args(tag.annotation)
+    tags = [(name, section.model_fields.get(name)) for name in ("kind", "family")]
+    return all(tag is None or content.get(name) in get_args(tag.annotation) for name, tag in tags)
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:  # noqa: ANN401

@@ -3,16 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
+from glowscale.config.model import Model
+from glowscale.config.section import Count, Positive, Section
 from glowscale.files import is_url
 
 FilePath = Annotated[
@@ -27,15 +21,6 @@ Location = Annotated[
     BeforeValidator(lambda value: str(value) if isinstance(value, (int, float, Path)) else value),
     AfterValidator(lambda value: value if is_url(value) else str(Path(value).expanduser())),
 ]
-Count = Annotated[int, Field(gt=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """A part of a config: immutable, no unknown keys, no silent conversions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Run(Section):
@@ -156,132 +141,6 @@ class Data(Section):
     augment: Augment = Field(Augment(), description="random changes by (seed, epoch, image)")
 
 
-class AffinePreprocessing(Section):
-    """Pixels linearly to [-½, ½]."""
-
-    kind: Literal["affine"] = Field(description="pixels linearly to [-1/2, 1/2]")
-
-
-class LogitPreprocessing(Section):
-    """Pixels to the whole line."""
-
-    kind: Literal["logit"] = Field(description="pixels to the whole line")
-    alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(
-        0.05, description="how far the ends are moved inwards before the logit"
-    )
-
-
-class UniformDequantization(Section):
-    """Uniform noise."""
-
-    kind: Literal["uniform"] = Field(description="uniform noise within a grey level")
-
-
-class VariationalDequantization(Section):
-    """Noise from a conditional flow."""
-
-    kind: Literal["variational"] = Field(description="noise from a flow that reads the image")
-    depth: Count = Field(4, description="coupling steps of the noise's flow")
-    hidden_channels: Count = Field(64, description="width of its couplings' networks")
-    context_channels: Count = Field(32, description="features that they read of the image")
-
-
-Preprocessing = Annotated[AffinePreprocessing | LogitPreprocessing, Field(discriminator="kind")]
-Dequantization = Annotated[
-    UniformDequantization | VariationalDequantization, Field(discriminator="kind")
-]
-
-
-class Glow(Section):
-    """A multiscale Glow."""
-
-    family: Literal["glow"] = Field(description="which kind of flow")
-    levels: Count = Field(description="scales; the image's sides must be divisible by 2^levels")
-    depth: Count = Field(description="flow steps per level")
-    hidden_channels: Count = Field(description="width of the couplings' networks")
-    class_channels: Annotated[int, Field(ge=0)] = Field(
-        0, description="features of the class that couplings and top prior read; 0 ignores classes"
-    )
-    coupling: Literal["affine", "additive"] = Field("affine", description="kind of coupling")
-    scale: Literal["tanh", "sigmoid", "exponential"] = Field(
-        "tanh", description="how an affine coupling bounds its scale; exponential does not"
-    )
-    matrix: Literal["lu", "plain"] = Field("lu", description="parametrization of the 1x1 conv")
-    preprocessing: Preprocessing = Field(
-        AffinePreprocessing(kind="affine"), description="from grey levels to the flow"
-    )
-    dequantization: Dequantization = Field(
-        UniformDequantization(kind="uniform"), description="how pixels become continuous"
-    )
-
-
-class Solver(Section):
-    """How a differential equation is solved."""
-
-    method: Literal[
-        "dopri5",
-        "dopri8",
-        "bosh3",
-        "fehlberg2",
-        "adaptive_heun",
-        "rk4",
-        "midpoint",
-        "euler",
-        "heun2",
-        "heun3",
-    ] = Field("dopri5", description="the first five choose their steps, the others have a grid")
-    tolerance: Positive = Field(1e-5, description="absolute and relative, where steps are chosen")
-    steps: Count = Field(4, description="of a grid")
-    evaluation_limit: Count = Field(1000, description="evaluations of one solve, where chosen")
-    smallest_step: Positive = Field(1e-7, description="of the time from 0 to 1, where chosen")
-
-
-class Ffjord(Section):
-    """A multiscale continuous flow."""
-
-    family: Literal["ffjord"] = Field(description="which kind of flow")
-    levels: Count = Field(description="scales; sides must be divisible by 2^(levels - 1)")
-    depth: Count = Field(2, description="continuous flows in a row, before and after a squeeze")
-    hidden_channels: tuple[Count, ...] = Field(
-        (64, 64, 64), strict=False, min_length=1, description="widths of a velocity's layers"
-    )
-    unsqueezed_depth: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="flows before a squeeze, on the larger image; depth if not given"
-    )
-    matrix: Literal["lu", "plain"] | None = Field(
-        None, description="of a 1x1 convolution with ActNorm before every flow; none if null"
-    )
-    time: Literal["concat", "scale_shift"] = Field(
-        "scale_shift", description="how a velocity is told the time"
-    )
-    solver: Solver = Field(Solver(), description="in training")
-    evaluation_solver: Solver = Field(
-        Solver(method="rk4", steps=8),
-        description="otherwise; on a grid, figures do not depend on the block",
-    )
-    gradient: Literal["adjoint", "direct"] = Field(
-        "adjoint", description="solved backwards, or through the solver's own steps"
-    )
-    trace: Literal["hutchinson", "exact"] = Field(
-        "hutchinson", description="estimated by a probe, or a product for every dimension"
-    )
-    probe: Literal["rademacher", "gaussian"] = Field("rademacher", description="of the estimate")
-    kinetic: Weight = Field(0.0, description="weight of the velocities' mean square")
-    frobenius: Weight = Field(0.0, description="weight of their Jacobians' mean square")
-    fallback_steps: Count = Field(
-        8, description="rk4 steps where a solve passes its limits; see train.stiff_limit"
-    )
-    class_channels: Annotated[int, Field(ge=0)] = Field(
-        0, description="features of the class that velocities and top prior read; 0 ignores them"
-    )
-    preprocessing: Preprocessing = Field(
-        AffinePreprocessing(kind="affine"), description="from grey levels to the flow"
-    )
-    dequantization: Dequantization = Field(
-        UniformDequantization(kind="uniform"), description="how pixels become continuous"
-    )
-
-
 class Optimizer(Section):
     """The optimizer."""
 
@@ -397,7 +256,7 @@ class Config(Section):
 
     run: Run
     data: Data
-    model: Annotated[Glow | Ffjord, Field(discriminator="family")]
+    model: Model
     train: Train
     log: Log = Log()
     evaluate: Evaluate = Evaluate()

@@ -6,11 +6,16 @@ from typing import Any
 from glowscale.bijections import AffinePixels, Bijection, LogitPixels
 from glowscale.bijections.activations import Activations
 from glowscale.dequantization import Dequantizer, UniformDequantizer, VariationalDequantizer
+from glowscale.models.blocks import assemble
 from glowscale.models.ffjord import Ffjord
 from glowscale.models.glow import Glow
 from glowscale.models.multiscale import FlowOutput, MultiscaleFlow, Split
 
-FAMILIES: dict[str, Callable[..., MultiscaleFlow]] = {"glow": Glow, "ffjord": Ffjord}
+FAMILIES: dict[str, Callable[..., MultiscaleFlow]] = {
+    "glow": Glow,
+    "ffjord": Ffjord,
+    "multiscale": assemble,
+}
 """Assemblies by family; each takes the image shape, the grey levels, and its own arguments."""
 
 __all__ = ["FAMILIES", "Ffjord", "FlowOutput", "Glow", "MultiscaleFlow", "Split", "build_model"]

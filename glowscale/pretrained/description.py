@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from glowscale.config import Config
 from glowscale.config.load import sections_of
-from glowscale.config.schema import Count, Section
+from glowscale.config.section import Count, Section
 from glowscale.errors import UserError
 from glowscale.models import FAMILIES
 

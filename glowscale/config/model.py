@@ -1,0 +1,239 @@
+"""The config keys of models: families, blocks, and what they are made of."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from glowscale.config.section import Count, Positive, Section, Weight
+
+Scale = Literal["tanh", "sigmoid", "exponential"]
+Matrix = Literal["lu", "plain"]
+
+
+class AffinePreprocessing(Section):
+    """Pixels linearly to [-½, ½]."""
+
+    kind: Literal["affine"] = Field(description="pixels linearly to [-1/2, 1/2]")
+
+
+class LogitPreprocessing(Section):
+    """Pixels to the whole line."""
+
+    kind: Literal["logit"] = Field(description="pixels to the whole line")
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = Field(
+        0.05, description="how far the ends are moved inwards before the logit"
+    )
+
+
+class UniformDequantization(Section):
+    """Uniform noise."""
+
+    kind: Literal["uniform"] = Field(description="uniform noise within a grey level")
+
+
+class VariationalDequantization(Section):
+    """Noise from a conditional flow."""
+
+    kind: Literal["variational"] = Field(description="noise from a flow that reads the image")
+    depth: Count = Field(4, description="coupling steps of the noise's flow")
+    hidden_channels: Count = Field(64, description="width of its couplings' networks")
+    context_channels: Count = Field(32, description="features that they read of the image")
+
+
+Preprocessing = Annotated[AffinePreprocessing | LogitPreprocessing, Field(discriminator="kind")]
+Dequantization = Annotated[
+    UniformDequantization | VariationalDequantization, Field(discriminator="kind")
+]
+
+
+class Family(Section):
+    """What all models share."""
+
+    class_channels: Annotated[int, Field(ge=0)] = Field(
+        0, description="features of the class that networks and top prior read; 0 ignores classes"
+    )
+    preprocessing: Preprocessing = Field(
+        AffinePreprocessing(kind="affine"), description="from grey levels to the flow"
+    )
+    dequantization: Dequantization = Field(
+        UniformDequantization(kind="uniform"), description="how pixels become continuous"
+    )
+
+
+class Glow(Family):
+    """A multiscale Glow."""
+
+    family: Literal["glow"] = Field(description="which kind of flow")
+    levels: Count = Field(description="scales; the image's sides must be divisible by 2^levels")
+    depth: Count = Field(description="flow steps per level")
+    hidden_channels: Count = Field(description="width of the couplings' networks")
+    coupling: Literal["affine", "additive"] = Field("affine", description="kind of coupling")
+    scale: Scale = Field("tanh", description="how an affine coupling bounds its scale")
+    matrix: Matrix = Field("lu", description="parametrization of the 1x1 convolutions")
+
+
+class Solver(Section):
+    """How a differential equation is solved."""
+
+    method: Literal[
+        "dopri5",
+        "dopri8",
+        "bosh3",
+        "fehlberg2",
+        "adaptive_heun",
+        "rk4",
+        "midpoint",
+        "euler",
+        "heun2",
+        "heun3",
+    ] = Field("dopri5", description="the first five choose their steps, the others have a grid")
+    tolerance: Positive = Field(1e-5, description="absolute and relative, where steps are chosen")
+    steps: Count = Field(4, description="of a grid")
+    evaluation_limit: Count = Field(1000, description="evaluations of one solve, where chosen")
+    smallest_step: Positive = Field(1e-7, description="of the time from 0 to 1, where chosen")
+
+
+class Velocities(Section):
+    """Continuous flows: their velocities, and how they are solved."""
+
+    hidden_channels: tuple[Count, ...] = Field(
+        (64, 64, 64), strict=False, min_length=1, description="widths of a velocity's layers"
+    )
+    matrix: Matrix | None = Field(
+        None, description="of a 1x1 convolution with ActNorm before every flow; none if null"
+    )
+    time: Literal["concat", "scale_shift"] = Field(
+        "scale_shift", description="how a velocity is told the time"
+    )
+    solver: Solver = Field(Solver(), description="in training")
+    evaluation_solver: Solver = Field(
+        Solver(method="rk4", steps=8),
+        description="otherwise; on a grid, figures do not depend on the block",
+    )
+    gradient: Literal["adjoint", "direct"] = Field(
+        "adjoint", description="solved backwards, or through the solver's own steps"
+    )
+    trace: Literal["hutchinson", "exact"] = Field(
+        "hutchinson", description="estimated by a probe, or a product for every dimension"
+    )
+    fallback_steps: Count = Field(
+        8, description="rk4 steps where a solve passes its limits; see train.stiff_limit"
+    )
+
+
+class Energies(Section):
+    """What a loss takes of continuous flows besides their likelihood."""
+
+    probe: Literal["rademacher", "gaussian"] = Field("rademacher", description="of the trace")
+    kinetic: Weight = Field(0.0, description="weight of the velocities' mean square")
+    frobenius: Weight = Field(0.0, description="weight of their Jacobians' mean square")
+
+
+class Ffjord(Velocities, Energies, Family):
+    """A multiscale continuous flow."""
+
+    family: Literal["ffjord"] = Field(description="which kind of flow")
+    levels: Count = Field(description="scales; sides must be divisible by 2^(levels - 1)")
+    depth: Count = Field(2, description="continuous flows in a row, before and after a squeeze")
+    unsqueezed_depth: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="flows before a squeeze, on the larger image; depth if not given"
+    )
+
+
+class AffineTransform(Section):
+    """A scale and a shift."""
+
+    kind: Literal["affine"] = Field(description="a scale and a shift of every value")
+    scale: Scale = Field("tanh", description="how the scale is bounded")
+
+
+class AdditiveTransform(Section):
+    """A shift."""
+
+    kind: Literal["additive"] = Field(description="a shift of every value")
+
+
+Transform = Annotated[AffineTransform | AdditiveTransform, Field(discriminator="kind")]
+
+
+class ConvolutionalNetwork(Section):
+    """Glow's three convolutions."""
+
+    kind: Literal["convolutional"] = Field(description="Glow's three convolutions")
+    hidden_channels: Count = Field(description="channels between them")
+
+
+Network = ConvolutionalNetwork
+
+
+class Repeated(Section):
+    """A block that may stand several times in a row."""
+
+    depth: Count = Field(1, description="how often, in a row")
+
+
+class Mixed(Repeated):
+    """A block that begins with ActNorm and a linear map of the channels."""
+
+    matrix: Matrix | None = Field(
+        "lu", description="of a 1x1 convolution, with ActNorm, before each; ActNorm alone if null"
+    )
+
+
+class SqueezeBlock(Repeated):
+    """Blocks of 2×2 pixels into channels."""
+
+    kind: Literal["squeeze"] = Field(description="2x2 pixels into channels; twice makes 4x4")
+
+
+class LinearBlock(Repeated):
+    """ActNorm and an invertible 1×1 convolution."""
+
+    kind: Literal["linear"] = Field(description="ActNorm and an invertible 1x1 convolution")
+    matrix: Matrix = Field("lu", description="parametrization of the 1x1 convolution")
+
+
+class CouplingBlock(Mixed):
+    """Couplings."""
+
+    kind: Literal["coupling"] = Field(description="one part is transformed given the other")
+    mask: Literal["channels", "checkerboard"] = Field(
+        "channels", description="what is kept: half the channels; every other pixel, by turns"
+    )
+    transform: Transform = Field(description="what is done to each value of the rest")
+    network: Network = Field(description="what reads the kept part")
+
+
+class RecursiveBlock(Mixed):
+    """Recursive couplings."""
+
+    kind: Literal["recursive"] = Field(description="couplings within each half of a coupling")
+    recursions: Count = Field(description="how often halves are coupled again")
+    transform: Transform = Field(description="what is done to each value of the rest")
+    network: Network = Field(description="what reads the kept part")
+
+
+class ContinuousBlock(Velocities, Repeated):
+    """Continuous flows."""
+
+    kind: Literal["continuous"] = Field(description="flows that follow a velocity")
+
+
+Block = Annotated[
+    SqueezeBlock | LinearBlock | CouplingBlock | RecursiveBlock | ContinuousBlock,
+    Field(discriminator="kind"),
+]
+Level = Annotated[tuple[Block, ...], Field(strict=False)]
+
+
+class Multiscale(Energies, Family):
+    """Levels of any blocks."""
+
+    family: Literal["multiscale"] = Field(description="which kind of flow")
+    levels: tuple[Level, ...] = Field(
+        strict=False,
+        description="lists of blocks, finest level first; half the channels are split off between",
+    )
+
+
+Model = Annotated[Glow | Ffjord | Multiscale, Field(discriminator="family")]

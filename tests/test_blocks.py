@@ -1,0 +1,106 @@
+"""Levels of any blocks: what a config lists is the model that is built, and it is a flow."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from glowscale.bijections.continuous import ContinuousFlow
+from glowscale.distributions import standard_normal_log_prob
+from glowscale.models import Glow, MultiscaleFlow, build_model
+from glowscale.models.blocks import assemble
+from tests.conftest import perturb
+
+CONVOLUTIONAL = {"kind": "convolutional", "hidden_channels": 8}
+SQUEEZE: dict[str, Any] = {"kind": "squeeze"}
+COUPLING = {"kind": "coupling", "transform": {"kind": "affine"}, "network": CONVOLUTIONAL}
+CHECKERBOARD = {**COUPLING, "mask": "checkerboard", "depth": 2, "matrix": None}
+RECURSIVE = {**COUPLING, "kind": "recursive", "recursions": 2}
+CONTINUOUS = {
+    "kind": "continuous",
+    "hidden_channels": [6],
+    "solver": {"method": "rk4", "steps": 16},
+    "trace": "exact",
+}
+MIXED = [[CHECKERBOARD, SQUEEZE, COUPLING, {"kind": "linear"}], [RECURSIVE, CONTINUOUS]]
+
+
+def mixed(**arguments: object) -> MultiscaleFlow:
+    model = assemble((1, 4, 4), 16, levels=MIXED, **arguments).double().eval()  # type: ignore[arg-type]
+    perturb(model, 0.3)
+    return model
+
+
+def test_blocks_make_the_same_model_as_glow() -> None:
+    torch.manual_seed(0)
+    level = [SQUEEZE, {**COUPLING, "depth": 2}]
+    ours = assemble((1, 8, 8), 17, levels=[level, level])
+    torch.manual_seed(0)
+    glow = Glow((1, 8, 8), 17, levels=2, depth=2, hidden_channels=8)
+    assert ours.state_dict().keys() == glow.state_dict().keys()
+    glow.load_state_dict(ours.state_dict())
+    images = torch.randint(0, 17, (2, 1, 8, 8), dtype=torch.uint8)
+    noise = torch.rand(2, 1, 8, 8)
+    assert torch.equal(ours(images, None, noise).log_prob, glow(images, None, noise).log_prob)
+
+
+def test_a_mixed_models_likelihood_is_that_of_its_jacobian() -> None:
+    model = mixed()
+    assert sum(isinstance(layer, ContinuousFlow) for layer in model.modules()) == 1
+    x = 16 * torch.rand(16, dtype=torch.float64)
+
+    def latents(v: Tensor) -> Tensor:
+        return torch.cat([z.flatten() for z in model.encode(v.view(1, 1, 4, 4))[0]])
+
+    jacobian = torch.autograd.functional.jacobian(latents, x)
+    z = latents(x)[None]
+    expected = torch.linalg.slogdet(jacobian).logabsdet + standard_normal_log_prob(z)
+    log_det = model.encode(x.view(1, 1, 4, 4))[1]
+    torch.testing.assert_close(log_det + standard_normal_log_prob(z), expected, rtol=0, atol=1e-6)
+
+
+def test_a_mixed_model_decodes_what_it_encodes() -> None:
+    model = mixed()
+    x = 16 * torch.rand(3, 1, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(model.decode(model.encode(x)[0]), x, rtol=0, atol=1e-5)
+
+
+def test_the_energies_of_a_continuous_block_are_in_the_loss() -> None:
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    output = mixed(kinetic=0.5)(images)
+    assert output.penalties.keys() == {"kinetic"}
+    assert (output.penalties["kinetic"] > 0).all()
+
+
+def test_classes_reach_every_block() -> None:
+    model = mixed(classes=3, class_channels=2)
+    images = torch.full((3, 1, 4, 4), 5, dtype=torch.uint8)
+    noise = torch.full((3, 2, 4, 4), 0.5, dtype=torch.float64)
+    log_probs = model(images, torch.arange(3), noise).log_prob
+    assert len({round(x.item(), 9) for x in log_probs}) == 3
+    log_probs.sum().backward()
+    for layer in model.modules():
+        if hasattr(layer, "network") or hasattr(layer, "velocity"):
+            assert all(p.grad is not None for p in layer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("levels", "sentence"),
+    [
+        ([[SQUEEZE, SQUEEZE, SQUEEZE]], r"levels\.0\.2, a squeeze block: .* even sides, not 1×1"),
+        ([[COUPLING]], r"levels\.0\.0, a coupling block: .* at least 2 channels, not 1"),
+        ([[SQUEEZE], [SQUEEZE, SQUEEZE]], r"levels\.1\.1, a squeeze block: .* not 1×1"),
+        ([], "at least one level"),
+    ],
+)
+def test_what_does_not_fit_is_named_by_its_place(levels: list[Any], sentence: str) -> None:
+    config = {
+        "family": "multiscale",
+        "levels": levels,
+        "class_channels": 0,
+        "dequantization": {"kind": "uniform"},
+        "preprocessing": {"kind": "affine"},
+    }
+    with pytest.raises(ValueError, match=sentence):
+        build_model(config, (1, 4, 4), 16, 0)
