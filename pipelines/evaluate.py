@@ -18,6 +18,7 @@ import glowscale
 from glowscale.checkpoint import Checkpoint, load_model
 from glowscale.config import Config, parse_config
 from glowscale.data import ShardSet
+from glowscale.dequantization import UniformDequantizer
 from glowscale.distributed import (
     failing_together,
     leave,
@@ -50,6 +51,8 @@ def main() -> None:
         accelerator = start_accelerator()
         model, checkpoint = load_model(arguments.run, arguments.weights)
         refuse_disagreement("checkpoints", checkpoint.digest)
+        if arguments.dequantization == "uniform":
+            model.dequantizer = UniformDequantizer()
         model.to(accelerator.device)
         config = parse_config(checkpoint.state["config"])
         shards = ShardSet(arguments.data or join(config.data.dir, config.data.held_out_split))
@@ -92,6 +95,8 @@ def open_records(
         "glowscale": glowscale.__version__,
         **settings,
     }
+    if arguments.dequantization:
+        identity["dequantization"] = arguments.dequantization
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     return Records(arguments.out or run_of(checkpoint) / "evaluations" / name, identity)
 
@@ -144,6 +149,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the results, if not in the run's")
     parser.add_argument("--weights", choices=["ema", "model"], default="ema")
     parser.add_argument("--images", type=positive, help="score only the first so many")
+    parser.add_argument(
+        "--dequantization", choices=["uniform"], help="noise to score with, if not the model's own"
+    )
     parser.add_argument("--importance-samples", type=positive, metavar="K", help="of the noise")
     parser.add_argument("--probes", type=positive, help="estimates of a continuous flow's trace")
     parser.add_argument("--batch", type=positive, help="images of a block")

@@ -12,11 +12,12 @@ import yaml
 from accelerate import Accelerator
 
 from glowscale.bijections import Sequential
+from glowscale.checkpoint import load_model
 from glowscale.config import parse_config
 from glowscale.data import Batch, DataError, ShardSet
 from glowscale.data.sources import Sample, Split
 from glowscale.data.writer import pack_split
-from glowscale.dequantization import VariationalDequantizer
+from glowscale.dequantization import UniformDequantizer, VariationalDequantizer
 from glowscale.evaluation import bits_per_dim, evaluate, histogram_bits_per_dim, score_block
 from glowscale.models import MultiscaleFlow
 from glowscale.training import Trainer
@@ -117,6 +118,13 @@ def test_the_job_gives_the_trained_runs_figure_on_any_number_of_processes(
     assert one["bits_per_dim"] == pytest.approx(trained["bits_per_dim"], abs=1e-6)
     assert two["bits_per_dim"] == pytest.approx(trained["bits_per_dim"], abs=1e-6)
     assert one["dequantization"] == "variational"
+    uniform = last_json(near_job("evaluate.py", run, "--json", "--dequantization", "uniform"))
+    model, _ = load_model(run)
+    model.dequantizer = UniformDequantizer()
+    held_out = ShardSet(Path(config_dict["data"]["dir"], "test"))
+    expected = evaluate(model, held_out, seed=config_dict["run"].get("seed", 0))
+    assert uniform["dequantization"] == expected.dequantization == "uniform"
+    assert uniform["bits_per_dim"] == pytest.approx(expected.bits_per_dim, abs=1e-6)
     wrong = near_job("evaluate.py", tmp_path / "nowhere", check=False)
     assert wrong.returncode == 1
     assert wrong.stderr.splitlines()[-1].startswith("Error: ")

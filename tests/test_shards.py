@@ -233,6 +233,23 @@ def test_training_packs_its_source_if_it_is_not_there(
     assert again["fingerprint"] == result["fingerprint"]
 
 
+def test_a_validation_part_is_taken_out_of_the_training_images_of_idx_files(
+    tmp_path: Path,
+) -> None:
+    write_idx(tmp_path, zipped=True)
+    whole, test = idx(tmp_path)
+    train, validation, same = idx(tmp_path, validation=4)
+    assert [s.name for s in (train, validation, same)] == ["train", "validation", "test"]
+    assert (train.size, validation.size, same.size) == (8, 4, test.size)
+    parts = [s.sample(i) for s in (train, validation) for i in range(s.size)]
+    known = {key: image for key, image, _ in map(whole.sample, range(whole.size))}
+    assert sorted(key for key, _, _ in parts) == sorted(known)
+    assert all(np.array_equal(known[key], image) for key, image, _ in parts)
+    assert len({train.origin, validation.origin, whole.origin}) == 3
+    with pytest.raises(DataError, match="12 of 12 images cannot be held out"):
+        idx(tmp_path, validation=12)
+
+
 def test_idx_files_that_are_missing_or_damaged_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"neither train-images-idx3-ubyte nor .*\.gz"):
         idx(tmp_path)

@@ -42,6 +42,9 @@ class IdxSource(Section):
 
     kind: Literal["idx"] = Field(description="IDX files of the MNIST family")
     path: FilePath = Field(description="folder of the IDX files, gzipped or not")
+    validation: Annotated[int, Field(ge=0)] = Field(
+        0, description="so many training images are a split `validation` instead, chosen by key"
+    )
 
 
 HeldOut = Annotated[float, Field(ge=0, lt=1)]

@@ -2,27 +2,46 @@
 
 import gzip
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from glowscale.data.errors import DataError
-from glowscale.data.sources import Sample, Split
+from glowscale.data.sources import Sample, Split, hold_out
 
 IDX_UNSIGNED_BYTE = 8
 
 
-def idx(path: Path) -> list[Split]:
+def idx(path: Path, validation: int = 0) -> list[Split]:
     """The MNIST family's IDX files in a folder, gzipped or not, as splits `train` and `test`.
 
     Args:
         path: folder of `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the two that
             begin with `t10k`, each with or without `.gz`.
+        validation: so many training images, chosen by key, are a split `validation` instead.
 
     Raises:
-        DataError: if a file is missing or is no IDX file of unsigned bytes.
+        DataError: if a file is missing or is no IDX file of unsigned bytes, or if there are too
+            few images to choose from.
     """
-    return [_idx_split(path, "train", "train"), _idx_split(path, "t10k", "test")]
+    train, test = _idx_split(path, "train", "train"), _idx_split(path, "t10k", "test")
+    if not validation:
+        return [train, test]
+    kept, chosen = hold_out([f"train-{i:05d}" for i in range(train.size)], validation)
+    parts = {"train": kept, "validation": chosen}
+    return [*(_part_of(train, name, indices) for name, indices in parts.items()), test]
+
+
+def _part_of(split: Split, name: str, indices: list[int]) -> Split:
+    """Some of a split's samples as a split of their own."""
+    return replace(
+        split,
+        name=name,
+        origin=f"{split.origin}, the {len(indices):,} of {split.size:,} that are {name}",
+        size=len(indices),
+        sample=lambda i: split.sample(indices[i]),
+    )
 
 
 def _idx_split(path: Path, prefix: str, name: str) -> Split:
