@@ -34,6 +34,10 @@ class Dequantizer(nn.Module):
 
     name: ClassVar[str]
     noise_kind: ClassVar[NoiseKind]
+    is_bound: ClassVar[bool] = True
+    """Whether log p(v) − log q(u|x) bounds the log-likelihood of the pixels."""
+    std: float = 0.0
+    """Of noise that hides the images, in grey levels."""
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Dequantize images (B, C, H, W); return them with log q, (B,)."""
@@ -49,6 +53,29 @@ class UniformDequantizer(Dequantizer):
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Add the noise (B, C, H, W) in (0, 1)."""
         return images.to(noise.dtype) + noise, noise.new_zeros(noise.shape[0])
+
+
+class NoiseAugmentation(Dequantizer):
+    """Gaussian noise, wider than a grey level: the model learns the density of noisy images.
+
+    So its bits/dim are those of noisy images, no bound on those of pixels; its samples are noisy
+    too, until `MultiscaleFlow.denoise`. Source: TarFlow (Zhai et al. 2024), section 3.3.
+
+    Args:
+        std: of the noise, in grey levels; the paper's 0.05 on a range of 2 are 6.4 of 256.
+    """
+
+    name = "noise"
+    noise_kind = "normal"
+    is_bound = False
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.std = std
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the noise (B, C, H, W) to the middles of the grey levels."""
+        return images.to(noise.dtype) + 0.5 + self.std * noise, noise.new_zeros(noise.shape[0])
 
 
 class VariationalDequantizer(Dequantizer):

@@ -48,7 +48,7 @@ def sample_images(
     Raises:
         NonFiniteSampleError: if the model blew up, which would else pass for black pixels.
     """
-    images, _ = draw_continuous(model, seed, indices, temperature, label)
+    images = model.denoise(*draw_continuous(model, seed, indices, temperature, label))
     finite = images.isfinite().flatten(1).all(1).tolist()
     if not all(finite):
         raise NonFiniteSampleError(

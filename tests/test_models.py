@@ -3,6 +3,7 @@
 import itertools
 import math
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from glowscale.bijections import AffinePixels, LogitPixels, Sequential
-from glowscale.dequantization import UniformDequantizer, VariationalDequantizer
-from glowscale.evaluation import bits_per_dim
+from glowscale.data import ShardSet
+from glowscale.data.writer import pack_split
+from glowscale.dequantization import NoiseAugmentation, UniformDequantizer, VariationalDequantizer
+from glowscale.evaluation import bits_per_dim, evaluate
 from glowscale.models import Glow, MultiscaleFlow
-from tests.conftest import UniformFlow, perturb, tiny_glow
+from tests.conftest import UniformFlow, perturb, random_split, tiny_glow
 
 BINARY = (1, 2, 2)
 
@@ -239,3 +242,46 @@ def test_log_prob_is_float32_under_autocast_and_close_to_full_precision(
     assert low.dtype == torch.float32
     assert not torch.equal(low, full)  # the networks did run in bfloat16
     torch.testing.assert_close(low, full, rtol=0.02, atol=1.0)
+
+
+def test_denoising_gives_the_mean_of_what_a_gaussian_image_may_have_been() -> None:
+    """Images N(m, s²) and noise N(0, σ²): given y the mean is m + (y − m)·s²/(s² + σ²)."""
+    std, noise, mean = 20.0, 6.0, 100.0
+    model = MultiscaleFlow((1, 2, 2), 256, [Sequential([])], dequantizer=NoiseAugmentation(noise))
+    model.double()
+    with torch.no_grad():  # after preprocessing a grey level is 1/256, and 128 is 0
+        model.prior.mean.fill_((mean - 128) / 256)
+        model.prior.log_std.fill_(math.log(math.hypot(std, noise) / 256))
+    noisy = mean + 30 * torch.randn(5, 1, 2, 2, dtype=torch.float64)
+    expected = mean + (noisy - mean) * std**2 / (std**2 + noise**2)
+    with torch.inference_mode():
+        found = model.denoise(noisy)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+        model.dequantizer = UniformDequantizer()
+        assert model.denoise(noisy) is noisy
+
+
+def test_noise_augmentation_is_no_bound_and_says_so(tmp_path: Path) -> None:
+    pack_split(random_split("test", 20), tmp_path, 20)
+    model = tiny_glow((1, 8, 8), 16, NoiseAugmentation(1.0))
+    result = evaluate(model, ShardSet(tmp_path), seed=0)
+    assert not result.is_bound
+    assert "noise added: no bound on the pixels' bits/dim" in str(result)
+    images, noise = torch.full((1, 1, 8, 8), 3, dtype=torch.uint8), torch.zeros(1, 1, 8, 8)
+    assert torch.equal(model.dequantizer(images, noise)[0], torch.full((1, 1, 8, 8), 3.5))
+
+
+def test_labels_are_withheld_by_key_at_the_rate_that_is_asked_for() -> None:
+    model = tiny_glow(classes=10, class_channels=2, class_dropout=0.1)
+    labels = torch.arange(4000) % 10
+    keys = [(0, "label", 1, i) for i in range(4000)]
+    dropped = model.drop_labels(labels, keys)
+    withheld = dropped != labels
+    assert (dropped[withheld] == 10).all()
+    assert withheld.float().mean().item() == pytest.approx(0.1, abs=0.02)
+    turned = model.drop_labels(labels.flip(0), keys[::-1]).flip(0)
+    assert torch.equal(turned, dropped)
+    assert torch.equal(tiny_glow(classes=10, class_channels=2).drop_labels(labels, keys), labels)
+    images = torch.zeros(11, 1, 4, 4, dtype=torch.uint8)
+    model(images, torch.arange(11)).log_prob.sum().backward()
+    assert (model.class_features.weight.grad.abs().sum(1) > 0).all()

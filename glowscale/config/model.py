@@ -40,9 +40,17 @@ class VariationalDequantization(Section):
     context_channels: Count = Field(32, description="features that they read of the image")
 
 
+class NoiseAugmentation(Section):
+    """Gaussian noise, for samples and not for bits/dim."""
+
+    kind: Literal["noise"] = Field(description="Gaussian noise that samples are freed of again")
+    std: Positive = Field(description="of the noise, in grey levels")
+
+
 Preprocessing = Annotated[AffinePreprocessing | LogitPreprocessing, Field(discriminator="kind")]
 Dequantization = Annotated[
-    UniformDequantization | VariationalDequantization, Field(discriminator="kind")
+    UniformDequantization | VariationalDequantization | NoiseAugmentation,
+    Field(discriminator="kind"),
 ]
 
 
@@ -51,6 +59,9 @@ class Family(Section):
 
     class_channels: Annotated[int, Field(ge=0)] = Field(
         0, description="features of the class that networks and top prior read; 0 ignores classes"
+    )
+    class_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="part of the training images whose class is withheld, for guidance"
     )
     preprocessing: Preprocessing = Field(
         AffinePreprocessing(kind="affine"), description="from grey levels to the flow"

@@ -134,6 +134,7 @@ def _summarize(
         ),
         solver_gap=solver_gap if model.is_solved else None,
         dequantization=model.dequantizer.name,
+        is_bound=model.dequantizer.is_bound,
         image_shape=model.image_shape,
         grey_levels=model.grey_levels,
         fingerprint=shards.manifest.fingerprint,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 
@@ -39,6 +39,8 @@ class Evaluation:
     prior_round_trip_error: float
     """The same over samples of the model at temperature 1, values beyond the grey levels counting
     as the nearest one; infinite where they are not finite."""
+    is_bound: bool = True
+    """Whether the figure bounds the pixels' bits/dim; not where images are hidden in noise."""
 
     def __str__(self) -> str:
         error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
@@ -47,10 +49,11 @@ class Evaluation:
         single = f"with one {self.single_sample_bits_per_dim:.4f}, " if several else ""
         gap = "" if self.solver_gap is None else f"solver's gap {self.solver_gap:+.1e}, "
         trace = self.trace_standard_error
+        kind = "dequantization" if self.is_bound else "added: no bound on the pixels' bits/dim"
         probes = "" if trace is None else f"{self.probes} probes ± {trace:.1e}, "
         return (
             f"{self.bits_per_dim:.4f}{error} bits/dim ({self.images:,} held-out images, "
-            f"{self.dequantization} dequantization, {self.importance_samples} importance "
+            f"{self.dequantization} {kind}, {self.importance_samples} importance "
             f"{samples}, {single}{probes}{gap}data {self.fingerprint[:8]}, round trip off by "
             f"{self.round_trip_error:.1e}, of prior samples by {self.prior_round_trip_error:.1e})"
         )
@@ -61,6 +64,8 @@ class Evaluation:
         optional = {"standard_error", "trace_standard_error", "solver_gap"}
         values: dict[str, Any] = {}
         for field in fields(cls):
+            if field.name not in content and field.default is not MISSING:
+                continue  # of an evaluation from before there was such a field
             value = content[field.name]
             values[field.name] = (
                 math.nan if value is None and field.name not in optional else value

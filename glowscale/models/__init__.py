@@ -5,7 +5,12 @@ from typing import Any
 
 from glowscale.bijections import AffinePixels, Bijection, LogitPixels
 from glowscale.bijections.activations import Activations
-from glowscale.dequantization import Dequantizer, UniformDequantizer, VariationalDequantizer
+from glowscale.dequantization import (
+    Dequantizer,
+    NoiseAugmentation,
+    UniformDequantizer,
+    VariationalDequantizer,
+)
 from glowscale.models.blocks import assemble
 from glowscale.models.ffjord import Ffjord
 from glowscale.models.glow import Glow
@@ -71,8 +76,12 @@ def _dequantizer(
             return VariationalDequantizer(
                 image_shape, grey_levels, **arguments, activations=activations
             )
+        case "noise":
+            return NoiseAugmentation(**arguments)
         case kind:
-            raise ValueError(f"There is no dequantization {kind!r}, only uniform, variational.")
+            raise ValueError(
+                f"There is no dequantization {kind!r}, only uniform, variational, noise."
+            )
 
 
 def _preprocessing(config: Mapping[str, Any], grey_levels: int) -> Bijection:

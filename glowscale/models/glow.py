@@ -1,5 +1,7 @@
 """Glow: every level squeezes, then repeats ActNorm, 1×1 convolution and coupling."""
 
+from typing import Any
+
 from glowscale.bijections import (
     Additive,
     Affine,
@@ -10,8 +12,6 @@ from glowscale.bijections import (
     Squeeze,
     Transform,
 )
-from glowscale.bijections.activations import Activations
-from glowscale.dequantization import Dequantizer
 from glowscale.models.multiscale import MultiscaleFlow, refuse_odd_sides
 from glowscale.networks import ConvolutionalNetwork
 
@@ -30,9 +30,7 @@ class Glow(MultiscaleFlow):
         matrix: parametrization of the 1×1 convolutions, `lu` or `plain`.
         classes: number of classes that the couplings and the top prior are conditional on.
         class_channels: features of a class; 0 makes the model unconditional.
-        dequantizer: makes images continuous; uniform if not given.
-        preprocessing: from grey levels to the flow's scale; affine if not given.
-        activations: what is kept for the backward pass, see `apply_keeping`.
+        common: other arguments of `MultiscaleFlow`.
 
     Raises:
         ValueError: where the image's sides cannot be halved `levels` times.
@@ -55,9 +53,7 @@ class Glow(MultiscaleFlow):
         matrix: str = "lu",
         classes: int = 0,
         class_channels: int = 0,
-        dequantizer: Dequantizer | None = None,
-        preprocessing: Bijection | None = None,
-        activations: Activations = "store",
+        **common: Any,  # noqa: ANN401
     ) -> None:
         refuse_odd_sides(image_shape, levels, squeezes=levels)
 
@@ -81,9 +77,7 @@ class Glow(MultiscaleFlow):
             grey_levels,
             # A squeeze makes four channels of one and a split keeps half of them.
             [make_level(4 * image_shape[0] * 2**level) for level in range(levels)],
-            dequantizer=dequantizer,
-            preprocessing=preprocessing,
             classes=classes,
             class_channels=class_channels,
-            activations=activations,
+            **common,
         )

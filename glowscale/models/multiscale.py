@@ -13,7 +13,7 @@ from glowscale.bijections.activations import Activations, apply_keeping
 from glowscale.dequantization import Dequantizer, UniformDequantizer
 from glowscale.distributions import ConditionalGaussian, Gaussian, standard_normal_log_prob
 from glowscale.networks import zero_conv
-from glowscale.randomness import NOISES, Key, normal_noise
+from glowscale.randomness import NOISES, Key, normal_noise, uniform_noise
 
 
 class FlowOutput(NamedTuple):
@@ -79,6 +79,8 @@ class MultiscaleFlow(nn.Module):
         classes: number of classes of the images.
         class_channels: F, the features of a class, which levels and the top prior read; 0 makes
             the model unconditional.
+        class_dropout: part of the training images whose class is withheld, so that the model
+            knows images of no class too, whose label is `classes`; guidance compares the two.
         activations: what a level keeps for the backward pass, see `apply_keeping`.
 
     Raises:
@@ -98,6 +100,7 @@ class MultiscaleFlow(nn.Module):
         preprocessing: Bijection | None = None,
         classes: int = 0,
         class_channels: int = 0,
+        class_dropout: float = 0.0,
         activations: Activations = "store",
     ) -> None:
         super().__init__()
@@ -121,10 +124,11 @@ class MultiscaleFlow(nn.Module):
                 self.latent_shapes.append(latent_shape)
         self.latent_shapes.append(shape)
         self.classes = classes if class_channels else 0
+        self.class_dropout = class_dropout
         self.class_features: nn.Embedding | None = None
         self.prior: Bijection = Gaussian(shape[0])
         if self.classes:
-            self.class_features = nn.Embedding(classes, class_channels)
+            self.class_features = nn.Embedding(classes + bool(class_dropout), class_channels)
             self.prior = ConditionalGaussian(zero_conv(class_channels, 2 * shape[0], 1))
 
     @property
@@ -158,11 +162,14 @@ class MultiscaleFlow(nn.Module):
             draw = torch.randn if self.dequantizer.noise_kind == "normal" else torch.rand
             noise = draw(images.shape, device=images.device)
         continuous, log_q = self.dequantizer(images, noise.to(self.dtype))
-        latents, log_det = self.encode(continuous, labels)
-        log_prob = log_det - log_q
+        return FlowOutput(self.log_density(continuous, labels) - log_q, {})
+
+    def log_density(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Log-density in nats, (B,), of continuous images (B, C, H, W)."""
+        latents, log_prob = self.encode(images, labels)
         for z in latents:
             log_prob = log_prob + standard_normal_log_prob(z)
-        return FlowOutput(log_prob, {})
+        return log_prob
 
     def encode(self, images: Tensor, labels: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
         """Map continuous images (B, C, H, W) to every level's latents and the log-det (B,)."""
@@ -237,6 +244,13 @@ class MultiscaleFlow(nn.Module):
         """
         return NOISES[self.dequantizer.noise_kind](keys, self.image_shape)
 
+    def drop_labels(self, labels: Tensor, keys: Iterable[Key]) -> Tensor:
+        """Labels (B,) on the CPU, of which row i is withheld or not by keys[i]."""
+        if not (self.classes and self.class_dropout):
+            return labels
+        withheld = uniform_noise(keys, ()) < self.class_dropout
+        return labels.masked_fill(withheld, self.classes)
+
     def draw_latents(
         self, seed: int, indices: Iterable[int], temperature: float = 1.0
     ) -> list[Tensor]:
@@ -250,6 +264,20 @@ class MultiscaleFlow(nn.Module):
         flat = (flat * temperature).to(self.device, self.dtype)
         parts = torch.split(flat, sizes, dim=1)
         return [x.view(len(x), *s) for x, s in zip(parts, self.latent_shapes, strict=True)]
+
+    def denoise(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The mean of the images (B, C, H, W) that noisy ones may be of: y + σ² ∂log p(y)/∂y.
+
+        Where the dequantizer hides nothing it changes nothing. Source: Tweedie's formula (Efron
+        2011); TarFlow (Zhai et al. 2024), equation 8.
+        """
+        if not self.dequantizer.std:
+            return images
+        with torch.inference_mode(False), torch.enable_grad():
+            noisy = images.clone().requires_grad_()
+            labels = None if labels is None else labels.clone()
+            (score,) = torch.autograd.grad(self.log_density(noisy, labels).sum(), noisy)
+        return images + self.dequantizer.std**2 * score
 
     def quantize(self, images: Tensor) -> Tensor:
         """Continuous images to uint8 ones: the grey level that each value lies in."""

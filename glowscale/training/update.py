@@ -255,9 +255,11 @@ class Updater:
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Images, labels and noise, on the device."""
-        rows = zip(batch.epochs.tolist(), batch.ids.tolist(), strict=True)
-        noise = self.state.model.draw_noise((self.seed, "dequantization", *row) for row in rows)
-        inputs = (batch.images, batch.labels, noise)
+        rows = [*zip(batch.epochs.tolist(), batch.ids.tolist(), strict=True)]
+        model = self.state.model
+        noise = model.draw_noise((self.seed, "dequantization", *row) for row in rows)
+        labels = model.drop_labels(batch.labels, ((self.seed, "label", *row) for row in rows))
+        inputs = (batch.images, labels, noise)
         return tuple(x.to(self.accelerator.device, non_blocking=True) for x in inputs)
 
     def _step(self, norm: Tensor, masked: Tensor) -> None:
