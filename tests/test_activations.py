@@ -16,6 +16,7 @@ from glowscale.bijections import (
     FlowStep,
     LUMatrix,
     PlainMatrix,
+    QRMatrix,
     RecursiveCoupling,
     Sequential,
     Squeeze,
@@ -118,6 +119,7 @@ def gradients(
     [
         (affine, "lu"),
         (affine, "plain"),
+        (affine, "qr"),
         (sigmoid, "lu"),
         (exponential, "lu"),
         (additive, "lu"),
@@ -286,7 +288,7 @@ def test_drift_is_told_by_layer_and_grows_backwards() -> None:
 
 
 def test_a_matrix_and_its_way_back_agree_with_autograd() -> None:
-    for matrix in (LUMatrix(6).double(), PlainMatrix(6).double()):
+    for matrix in (LUMatrix(6).double(), PlainMatrix(6).double(), QRMatrix(6).double()):
         perturb(matrix)
         weights = torch.randn(6, 6, dtype=torch.float64)
         value, log_det = matrix()

@@ -20,9 +20,11 @@ from glowscale.bijections import (
     Coupling,
     FlowStep,
     Invertible1x1Conv,
+    Linear,
     LogitPixels,
     LUMatrix,
     PlainMatrix,
+    QRMatrix,
     RecursiveCoupling,
     Sequential,
     Sigmoid,
@@ -103,6 +105,11 @@ CASES = {
     "conv1x1_plain": Case(lambda: Invertible1x1Conv(PlainMatrix(4))),
     "affine_tanh": Case(lambda: Coupling(ConvolutionalNetwork(2, 4, 8), Affine())),
     "affine_sigmoid": Case(lambda: Coupling(ConvolutionalNetwork(2, 4, 8), Affine("sigmoid"))),
+    "conv1x1_qr": Case(lambda: Invertible1x1Conv(QRMatrix(4))),
+    "linear_lu": Case(lambda: Linear(LUMatrix(5)), (5,)),
+    "linear_plain": Case(lambda: Linear(PlainMatrix(5)), (5,)),
+    "linear_qr": Case(lambda: Linear(QRMatrix(5)), (5,)),
+    "linear_qr_few_reflections": Case(lambda: Linear(QRMatrix(5, reflections=2)), (5,)),
     "affine_exponential": Case(
         lambda: Coupling(ConvolutionalNetwork(2, 4, 8), Affine("exponential"))
     ),
@@ -230,10 +237,10 @@ def test_flow_arithmetic_is_float32_under_autocast(case: Case) -> None:
         assert torch.equal(log_det_low, log_det)
 
 
-@pytest.mark.parametrize("matrix", [LUMatrix, PlainMatrix])
+@pytest.mark.parametrize("matrix", [LUMatrix, PlainMatrix, QRMatrix])
 @pytest.mark.parametrize("dim", [1, 2, 12, 48])
 def test_matrix_starts_as_a_rotation_and_knows_its_log_det(
-    matrix: type[LUMatrix | PlainMatrix], dim: int
+    matrix: type[LUMatrix | PlainMatrix | QRMatrix], dim: int
 ) -> None:
     module = matrix(dim).double()
     weight, log_det = module()
@@ -244,6 +251,8 @@ def test_matrix_starts_as_a_rotation_and_knows_its_log_det(
     torch.testing.assert_close(log_det, expected, rtol=0, atol=1e-9)
     identity = torch.eye(dim, dtype=torch.float64)
     torch.testing.assert_close(module.inverse_matrix() @ weight, identity, rtol=0, atol=1e-8)
+    torch.testing.assert_close(module.solve(weight), identity, rtol=0, atol=1e-8)
+    torch.testing.assert_close(module.multiply(identity), weight, rtol=0, atol=1e-12)
 
 
 def test_couplings_start_as_the_identity_and_keep_half_the_channels() -> None:

@@ -5,8 +5,9 @@ from glowscale.bijections.base import Bijection, Sequential, Shape
 from glowscale.bijections.conv1x1 import Invertible1x1Conv
 from glowscale.bijections.coupling import Coupling
 from glowscale.bijections.elementwise import AffinePixels, LogitPixels, Sigmoid
+from glowscale.bijections.linear import Linear
 from glowscale.bijections.masks import ChannelMask, CheckerboardMask, Mask
-from glowscale.bijections.matrices import InvertibleMatrix, LUMatrix, PlainMatrix
+from glowscale.bijections.matrices import InvertibleMatrix, LUMatrix, PlainMatrix, QRMatrix
 from glowscale.bijections.recursive import RecursiveCoupling
 from glowscale.bijections.squeeze import Squeeze, Unsqueeze
 from glowscale.bijections.step import FlowStep, keeping_inverses
@@ -25,9 +26,11 @@ __all__ = [
     "Invertible1x1Conv",
     "InvertibleMatrix",
     "LUMatrix",
+    "Linear",
     "LogitPixels",
     "Mask",
     "PlainMatrix",
+    "QRMatrix",
     "RecursiveCoupling",
     "Sequential",
     "Shape",

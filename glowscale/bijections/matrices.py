@@ -1,4 +1,14 @@
-"""Parametrizations of an invertible matrix, for the linear bijections."""
+"""Parametrizations of an invertible matrix W (D, D), for the linear bijections.
+
+What they cost, in operations, of k reflections and N vectors; gradients are of the same order:
+
+              W           log|det W|    W x               W⁻¹ z
+    plain     O(1)        O(D³)         O(N D²)           O(D³ + N D²)
+    lu        O(D³)       O(D)          O(N D²)           O(N D²)
+    qr        O(k D²)     O(D)          O(k² D + N D²)    O(k² D + N D²)
+
+So what vectors need is left to the factors; many pixels of few channels take W itself.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from glowscale.bijections.base import differentiate
+from glowscale.bijections.householder import random_vectors, reflect
 
 
 class Parametrized(NamedTuple):
@@ -21,9 +32,25 @@ class Parametrized(NamedTuple):
 class InvertibleMatrix(nn.Module):
     """A learned invertible matrix; `forward()` gives W (D, D) and log|det W|, a scalar."""
 
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
     def forward(self) -> tuple[Tensor, Tensor]:
         """The matrix (D, D) and its log|det|."""
         raise TypeError(f"{type(self).__name__} must define forward().")
+
+    def log_det(self) -> Tensor:
+        """log|det W|, a scalar."""
+        raise TypeError(f"{type(self).__name__} must define log_det().")
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """W x for columns x (D, N)."""
+        raise TypeError(f"{type(self).__name__} must define multiply(x).")
+
+    def solve(self, z: Tensor) -> Tensor:
+        """W⁻¹ z for columns z (D, N), computed in float64; not finite where there is no W⁻¹."""
+        raise TypeError(f"{type(self).__name__} must define solve(z).")
 
     def inverse_matrix(self) -> Tensor:
         """W⁻¹ (D, D), see `inverse_of`."""
@@ -43,12 +70,24 @@ class PlainMatrix(InvertibleMatrix):
     """
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.weight = nn.Parameter(random_rotation(dim))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The matrix (D, D) and its log|det|."""
-        return self.weight, torch.linalg.slogdet(self.weight).logabsdet
+        return self.weight, self.log_det()
+
+    def log_det(self) -> Tensor:
+        """log|det W|, by a factorization."""
+        return torch.linalg.slogdet(self.weight).logabsdet
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """W x for columns x (D, N)."""
+        return self.weight @ x
+
+    def solve(self, z: Tensor) -> Tensor:
+        """W⁻¹ z for columns z (D, N), by a factorization."""
+        return torch.linalg.solve_ex(self.weight.double(), z.double()).result.to(z.dtype)
 
 
 class LUMatrix(InvertibleMatrix):
@@ -62,7 +101,7 @@ class LUMatrix(InvertibleMatrix):
     signs: Tensor
 
     def __init__(self, dim: int) -> None:
-        super().__init__()
+        super().__init__(dim)
         pivots, lower, upper = torch.linalg.lu(random_rotation(dim).double())
         diagonal = upper.diagonal()
         self.lower = nn.Parameter(lower.tril(-1).float())
@@ -74,7 +113,23 @@ class LUMatrix(InvertibleMatrix):
     def forward(self) -> tuple[Tensor, Tensor]:
         """The matrix (D, D) and its log|det|."""
         lower, upper = self._factors()
-        return (lower @ upper)[self.permutation], self.log_diagonal.sum()
+        return (lower @ upper)[self.permutation], self.log_det()
+
+    def log_det(self) -> Tensor:
+        """log|det W|, a sum."""
+        return self.log_diagonal.sum()
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """W x for columns x (D, N), factor by factor."""
+        lower, upper = self._factors()
+        return (lower @ (upper @ x))[self.permutation]
+
+    def solve(self, z: Tensor) -> Tensor:
+        """W⁻¹ z for columns z (D, N), by two triangular solves."""
+        lower, upper = self._factors()
+        y = z[self.permutation.argsort()].double()
+        y = torch.linalg.solve_triangular(lower.double(), y, upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(upper.double(), y, upper=True).to(z.dtype)
 
     def differentiate(self) -> Parametrized:
         """As `forward`, with the way back written out."""
@@ -98,7 +153,62 @@ class LUMatrix(InvertibleMatrix):
         return lower, upper
 
 
-MATRICES: dict[str, type[InvertibleMatrix]] = {"lu": LUMatrix, "plain": PlainMatrix}
+class QRMatrix(InvertibleMatrix):
+    """W = Q (U + diag(s)), Q a product of Householder reflections; its log-det costs O(D).
+
+    Source: Hoogeboom et al. 2019, "Emerging convolutions for generative normalizing flows"; the
+    reflections as in Tomczak & Welling 2016. log s is the parameter and s stays positive, so W
+    can never become singular. D reflections reach every W whose determinant has the sign of
+    (−1)ᴰ. Starts as a random rotation; with fewer reflections, as their product.
+
+    Args:
+        dim: D, of W (D, D).
+        reflections: how many, from 1 to D; D if not given.
+
+    Raises:
+        ValueError: for another number of reflections.
+    """
+
+    def __init__(self, dim: int, reflections: int | None = None) -> None:
+        super().__init__(dim)
+        count = dim if reflections is None else reflections
+        if not 1 <= count <= dim:
+            raise ValueError(
+                f"A QR matrix of {dim} dimensions has 1 to {dim} reflections, not {count}."
+            )
+        self.vectors = nn.Parameter(random_vectors(count, dim))
+        self.upper = nn.Parameter(torch.zeros(dim, dim))
+        self.log_diagonal = nn.Parameter(torch.zeros(dim))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """The matrix (D, D) and its log|det|."""
+        return reflect(self.vectors, self._triangle()), self.log_det()
+
+    def log_det(self) -> Tensor:
+        """log|det W|, a sum."""
+        return self.log_diagonal.sum()
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """W x for columns x (D, N), factor by factor."""
+        return reflect(self.vectors, self._triangle() @ x)
+
+    def solve(self, z: Tensor) -> Tensor:
+        """W⁻¹ z for columns z (D, N), by the reflections in reverse and a triangular solve."""
+        y = reflect(self.vectors.flip(0).double(), z.double())
+        return torch.linalg.solve_triangular(self._triangle().double(), y, upper=True).to(z.dtype)
+
+    def _triangle(self) -> Tensor:
+        """U + diag(s)."""
+        triangle = self.upper.triu(1)
+        triangle.diagonal().copy_(self.log_diagonal.exp())
+        return triangle
+
+
+MATRICES: dict[str, type[InvertibleMatrix]] = {
+    "lu": LUMatrix,
+    "plain": PlainMatrix,
+    "qr": QRMatrix,
+}
 """The parametrizations by the name that a config gives them."""
 
 

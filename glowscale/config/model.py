@@ -7,7 +7,7 @@ from pydantic import Field
 from glowscale.config.section import Count, Positive, Section, Weight
 
 Scale = Literal["tanh", "sigmoid", "exponential"]
-Matrix = Literal["lu", "plain"]
+Matrix = Literal["lu", "plain", "qr"]
 
 
 class AffinePreprocessing(Section):
