@@ -16,6 +16,9 @@ python pipelines/benchmark.py scaling: how a step's cost grows with pixels, dept
 python pipelines/benchmark.py sample: Glow's sampling beside normflows', and the job of sampling
 beside the model's sampling alone.
 
+python pipelines/benchmark.py linear: what the parametrizations of a linear flow's matrix cost, and
+how that grows with its dimension.
+
 python pipelines/benchmark.py ffjord: a step of a continuous flow, at the original code's reference
 setting (28×28 images, three levels, two flows in a row, hidden 64-64-64, dopri5 at 1e-5, batch 32)
 and by our recipe for Fashion-MNIST.
@@ -25,7 +28,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import continuous, memory, sampling, saves, scaling, streams, training
+from benchmarks import continuous, linear, memory, sampling, saves, scaling, streams, training
 
 from glowscale.jobs import job, report, run
 
@@ -36,6 +39,7 @@ BENCHMARKS = {
     "memory": (memory, "what a step of Glow's training keeps, by train.activations"),
     "scaling": (scaling, "how the cost of training grows with pixels, depth and processes"),
     "sample": (sampling, "the job of sampling beside the model alone"),
+    "linear": (linear, "what the parametrizations of a linear flow cost by dimension"),
     "ffjord": (continuous, "a step of a continuous flow"),
 }
 

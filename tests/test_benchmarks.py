@@ -38,3 +38,15 @@ def test_training_and_sampling_beside_a_peer(run_job: Runner) -> None:
     grown = last_json(run_job("benchmark.py", "scaling", *sizes, *scaling, "--json"))
     assert grown["ms"].keys() == {"1", "2"}
     assert grown["two_processes_over_one"] > 0
+
+
+def test_linear_flows_by_dimension(run_job: Runner) -> None:
+    found = last_json(run_job("benchmark.py", "linear", "--dims", 4, 16, "--repeats", 1, "--json"))
+    for rows in found.values():
+        assert rows.keys() == {"lu", "plain", "qr"}
+        for row in rows.values():
+            assert row["over_plain"]["16"] == pytest.approx(
+                row["ms"]["16"] / rows["plain"]["ms"]["16"], abs=0.02
+            )
+            growth = row["ms"]["16"] / row["ms"]["4"]
+            assert 4 ** row["exponent"] == pytest.approx(growth, rel=0.05)
