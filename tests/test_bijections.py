@@ -35,7 +35,7 @@ from glowscale.bijections import (
 from glowscale.bijections.continuous import ContinuousFlow
 from glowscale.bijections.solvers import Solver
 from glowscale.distributions import ConditionalGaussian, Gaussian
-from glowscale.networks import ConvolutionalNetwork
+from glowscale.networks import ConvolutionalNetwork, GatedAttentionNetwork, VisionTransformer
 from glowscale.networks.velocity import VelocityNetwork
 from tests.conftest import perturb
 
@@ -131,6 +131,8 @@ CASES = {
     "recursive": Case(lambda: recursive(4, 1)),
     "recursive_odd_class": Case(lambda: recursive(5, 9, 3), (5, 1, 2), (3, 1, 1)),
     "recursive_step": Case(lambda: FlowStep(4, recursive(4, 9))),
+    "affine_gated": Case(lambda: Coupling(GatedAttentionNetwork(2, 4, 8, 1, 2), Affine())),
+    "affine_transformer": Case(lambda: Coupling(VisionTransformer(2, 4, 8, 1, 2), Affine())),
     "squeeze": Case(Squeeze, (3, 4, 2)),
     "unsqueeze": Case(Unsqueeze, (8, 2, 1)),
     "affine_pixels": Case(lambda: AffinePixels(16), draw=pixels),
@@ -232,7 +234,7 @@ def test_flow_arithmetic_is_float32_under_autocast(case: Case) -> None:
     assert (z_low.dtype, log_det_low.dtype, x_low.dtype) == (torch.float32,) * 3
     if case.tolerance is None:  # the networks agree with themselves
         torch.testing.assert_close(x_low, x, rtol=0, atol=1e-3)
-    if not any(isinstance(m, nn.Conv2d) for m in bijection.modules()):
+    if not any(isinstance(m, nn.Conv2d | nn.Linear) for m in bijection.modules()):
         assert torch.equal(z_low, z)  # not one operation in lower precision
         assert torch.equal(log_det_low, log_det)
 

@@ -62,23 +62,20 @@ class SelfAttention(nn.Module):
             causal: whether a token reads only itself and those before it.
             temperature: divides the logits.
         """
-        queries, keys, values = self._split(tokens)
-        return self._attend(queries, keys, values, causal, temperature)
+        return self._attend(*self._split(tokens), causal, temperature)
 
     def step(self, token: Tensor, cache: KeyValues, temperature: float = 1.0) -> Tensor:
         """As `forward`, causal, of the next token (B, 1, F) alone; the cache has those before."""
         queries, keys, values = self._split(token)
-        keys, values = cache.append(keys, values)
-        return self._attend(queries, keys, values, False, temperature)
+        return self._attend(queries, *cache.append(keys, values), False, temperature)
 
-    def _split(self, tokens: Tensor) -> tuple[Tensor, ...]:
+    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, (B, heads, N, F / heads) each, without a copy."""
-        return tuple(
-            self.queries_keys_values(tokens)
-            .unflatten(2, (3, self.heads, -1))
-            .permute(2, 0, 3, 1, 4)
-            .unbind()
+        parts = self.queries_keys_values(tokens).chunk(3, dim=2)
+        queries, keys, values = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts
         )
+        return queries, keys, values
 
     def _attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, causal: bool, temperature: float

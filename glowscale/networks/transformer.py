@@ -57,7 +57,7 @@ class VisionTransformer(nn.Module):
     Args:
         in_channels: channels of x.
         out_channels: channels of the result.
-        hidden_channels: features of every token; a multiple of 4 and of `heads`.
+        hidden_channels: features of every token, a multiple of `heads`.
         blocks: of attention and perceptron.
         heads: attentions side by side.
         context_channels: channels of the context, 0 where there is none.
@@ -87,7 +87,9 @@ class VisionTransformer(nn.Module):
         """Map x (B, in_channels, H, W) and context (B, context_channels, H or 1, W or 1)."""
         features = self.embedding(x.permute(0, 2, 3, 1))
         features = features + positions_2d(x, features.shape[3])
-        if self.context is not None and context is not None:
-            features = features + self.context(context.permute(0, 2, 3, 1))
+        if context is not None:
+            context = context.permute(0, 2, 3, 1)
+        if self.context is not None:
+            features = features + self.context(context)
         tokens = self.norm(self.blocks(features.flatten(1, 2)))
         return image_of(self.output(tokens).flatten(0, 1), x)
