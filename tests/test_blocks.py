@@ -1,15 +1,18 @@
 """Levels of any blocks: what a config lists is the model that is built, and it is a flow."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from glowscale.bijections.continuous import ContinuousFlow
+from glowscale.bijections.matrices import MATRICES
+from glowscale.config.load import sections_of
+from glowscale.config.model import Block, Matrix, Model, Network, Transform
 from glowscale.distributions import standard_normal_log_prob
-from glowscale.models import Glow, MultiscaleFlow, build_model
-from glowscale.models.blocks import assemble
+from glowscale.models import FAMILIES, Glow, MultiscaleFlow, build_model
+from glowscale.models.blocks import BLOCKS, NETWORKS, TRANSFORMS, assemble
 from tests.conftest import perturb
 
 CONVOLUTIONAL = {"kind": "convolutional", "hidden_channels": 8}
@@ -104,3 +107,22 @@ def test_what_does_not_fit_is_named_by_its_place(levels: list[Any], sentence: st
     }
     with pytest.raises(ValueError, match=sentence):
         build_model(config, (1, 4, 4), 16, 0)
+
+
+@pytest.mark.parametrize(
+    ("registry", "keys"),
+    [
+        (BLOCKS, Block),
+        (NETWORKS, Network),
+        (TRANSFORMS, Transform),
+        (FAMILIES, Model),
+    ],
+)
+def test_configs_name_all_that_is_registered(registry: dict[str, Any], keys: object) -> None:
+    sections = sections_of(keys)
+    tags = [s.model_fields.get("kind") or s.model_fields["family"] for s in sections]
+    assert [get_args(tag.annotation)[0] for tag in tags] == list(registry)
+
+
+def test_configs_name_every_parametrization_of_a_matrix() -> None:
+    assert get_args(Matrix) == tuple(MATRICES)

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from glowscale.bijections import InvertibleMatrix, Linear, LUMatrix, PlainMatrix, QRMatrix
 from glowscale.bijections.householder import random_vectors, reflect
 from glowscale.bijections.matrices import MATRICES
-from glowscale.config import schema
 from glowscale.distributions import standard_normal_log_prob
 from tests.conftest import perturb
 
@@ -181,11 +180,3 @@ def test_a_linear_flow_learns_the_best_gaussian(matrix: type[InvertibleMatrix]) 
         optimizer.step()
         schedule.step()
     torch.testing.assert_close(log_prob, best, rtol=0, atol=1e-5)
-
-
-def test_configs_name_every_parametrization() -> None:
-    for name in MATRICES:
-        config = {"levels": 1, "depth": 1, "matrix": name}
-        model = schema.Glow.model_validate({**config, "family": "glow", "hidden_channels": 4})
-        assert model.matrix == name
-        assert schema.Ffjord.model_validate({**config, "family": "ffjord"}).matrix == name

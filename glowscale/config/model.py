@@ -174,7 +174,27 @@ class ConvolutionalNetwork(Section):
     hidden_channels: Count = Field(description="channels between them")
 
 
-Network = ConvolutionalNetwork
+class GatedNetwork(Section):
+    """Gated convolutions and self-attention."""
+
+    kind: Literal["gated"] = Field(description="Flow++'s gated convolutions and self-attention")
+    hidden_channels: Count = Field(description="features of every pixel")
+    blocks: Count = Field(description="of convolution and attention")
+    heads: Annotated[int, Field(ge=0)] = Field(1, description="of attention; 0 leaves it out")
+
+
+class TransformerNetwork(Section):
+    """A vision transformer."""
+
+    kind: Literal["transformer"] = Field(description="a vision transformer; a pixel is a token")
+    hidden_channels: Count = Field(description="features of every token")
+    blocks: Count = Field(description="of attention and perceptron")
+    heads: Count = Field(4, description="of attention")
+
+
+Network = Annotated[
+    ConvolutionalNetwork | GatedNetwork | TransformerNetwork, Field(discriminator="kind")
+]
 
 
 class Repeated(Section):

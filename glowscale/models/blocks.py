@@ -27,7 +27,7 @@ from glowscale.bijections.matrices import MATRICES
 from glowscale.bijections.solvers import Solver
 from glowscale.models.multiscale import MultiscaleFlow, Split
 from glowscale.models.solved import SolvedFlow
-from glowscale.networks import ConvolutionalNetwork
+from glowscale.networks import ConvolutionalNetwork, GatedAttentionNetwork, VisionTransformer
 from glowscale.networks.velocity import TimeConditioning, VelocityNetwork
 
 Section = Mapping[str, Any]
@@ -35,7 +35,11 @@ Section = Mapping[str, Any]
 
 TRANSFORMS: dict[str, Callable[..., Transform]] = {"affine": Affine, "additive": Additive}
 """Transforms by kind; each takes its own arguments."""
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"convolutional": ConvolutionalNetwork}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "convolutional": ConvolutionalNetwork,
+    "gated": GatedAttentionNetwork,
+    "transformer": VisionTransformer,
+}
 """Conditioners by kind; each takes the channels that go in and come out, and its own arguments."""
 
 
