@@ -80,7 +80,7 @@ class MultiscaleFlow(nn.Module):
         class_channels: F, the features of a class, which levels and the top prior read; 0 makes
             the model unconditional.
         class_dropout: part of the training images whose class is withheld, so that the model
-            knows images of no class too, whose label is `classes`; guidance compares the two.
+            knows images of no class too; their label is `classes`, their features zeros.
         activations: what a level keeps for the backward pass, see `apply_keeping`.
 
     Raises:
@@ -128,7 +128,10 @@ class MultiscaleFlow(nn.Module):
         self.class_features: nn.Embedding | None = None
         self.prior: Bijection = Gaussian(shape[0])
         if self.classes:
-            self.class_features = nn.Embedding(classes + bool(class_dropout), class_channels)
+            unknown = classes if class_dropout else None  # its features are zeros, and stay so
+            self.class_features = nn.Embedding(
+                classes + bool(class_dropout), class_channels, padding_idx=unknown
+            )
             self.prior = ConditionalGaussian(zero_conv(class_channels, 2 * shape[0], 1))
 
     @property
