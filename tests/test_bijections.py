@@ -16,6 +16,7 @@ from glowscale.bijections import (
     Affine,
     AffinePixels,
     Bijection,
+    ChannelMask,
     CheckerboardMask,
     Coupling,
     FlowStep,
@@ -23,12 +24,16 @@ from glowscale.bijections import (
     Linear,
     LogitPixels,
     LUMatrix,
+    Mask,
+    MixtureOfLogistics,
     PlainMatrix,
     QRMatrix,
+    RationalQuadraticSpline,
     RecursiveCoupling,
     Sequential,
     Sigmoid,
     Squeeze,
+    Transform,
     Unsqueeze,
     initializing,
 )
@@ -98,6 +103,20 @@ def recursive(channels: int, recursions: int, context_channels: int = 0) -> Recu
     return RecursiveCoupling(channels, make_coupling, recursions)
 
 
+def coupling(transform: Transform, mask: Mask, context_channels: int = 0) -> Coupling:
+    """Of two channels that are kept and two that are transformed."""
+    outputs = 2 * transform.parameters_per_value
+    return Coupling(ConvolutionalNetwork(2, outputs, 8, context_channels), transform, mask)
+
+
+def mixture(mask: Mask, context_channels: int = 0) -> Coupling:
+    return coupling(MixtureOfLogistics(3), mask, context_channels)
+
+
+def spline(mask: Mask, context_channels: int = 0) -> Coupling:
+    return coupling(RationalQuadraticSpline(4, 1.5), mask, context_channels)
+
+
 CASES = {
     "actnorm": Case(lambda: ActNorm(4)),
     "actnorm_vectors": Case(lambda: ActNorm(4), (4,)),
@@ -133,6 +152,20 @@ CASES = {
     "recursive_step": Case(lambda: FlowStep(4, recursive(4, 9))),
     "affine_gated": Case(lambda: Coupling(GatedAttentionNetwork(2, 4, 8, 1, 2), Affine())),
     "affine_transformer": Case(lambda: Coupling(VisionTransformer(2, 4, 8, 1, 2), Affine())),
+    "mixture_channels": Case(
+        lambda: mixture(ChannelMask()), tolerance=MixtureOfLogistics.tolerance
+    ),
+    "mixture_checkerboard": Case(
+        lambda: mixture(CheckerboardMask()), (2, 3, 4), tolerance=MixtureOfLogistics.tolerance
+    ),
+    "mixture_class": Case(
+        lambda: mixture(ChannelMask(), 3),
+        context=(3, 1, 1),
+        tolerance=MixtureOfLogistics.tolerance,
+    ),
+    "spline_channels": Case(lambda: spline(ChannelMask())),
+    "spline_checkerboard": Case(lambda: spline(CheckerboardMask()), (2, 3, 4)),
+    "spline_class": Case(lambda: spline(ChannelMask(), 3), context=(3, 1, 1)),
     "squeeze": Case(Squeeze, (3, 4, 2)),
     "unsqueeze": Case(Unsqueeze, (8, 2, 1)),
     "affine_pixels": Case(lambda: AffinePixels(16), draw=pixels),

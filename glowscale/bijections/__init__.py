@@ -8,7 +8,9 @@ from glowscale.bijections.elementwise import AffinePixels, LogitPixels, Sigmoid
 from glowscale.bijections.linear import Linear
 from glowscale.bijections.masks import ChannelMask, CheckerboardMask, Mask
 from glowscale.bijections.matrices import InvertibleMatrix, LUMatrix, PlainMatrix, QRMatrix
+from glowscale.bijections.mixture import MixtureOfLogistics
 from glowscale.bijections.recursive import RecursiveCoupling
+from glowscale.bijections.spline import RationalQuadraticSpline
 from glowscale.bijections.squeeze import Squeeze, Unsqueeze
 from glowscale.bijections.step import FlowStep, keeping_inverses
 from glowscale.bijections.transforms import Additive, Affine, Transform
@@ -29,8 +31,10 @@ __all__ = [
     "Linear",
     "LogitPixels",
     "Mask",
+    "MixtureOfLogistics",
     "PlainMatrix",
     "QRMatrix",
+    "RationalQuadraticSpline",
     "RecursiveCoupling",
     "Sequential",
     "Shape",
