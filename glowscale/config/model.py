@@ -164,7 +164,26 @@ class AdditiveTransform(Section):
     kind: Literal["additive"] = Field(description="a shift of every value")
 
 
-Transform = Annotated[AffineTransform | AdditiveTransform, Field(discriminator="kind")]
+class MixtureTransform(Section):
+    """The distribution function of a mixture of logistics, then a scale and a shift."""
+
+    kind: Literal["mixture"] = Field(description="a mixture of logistics, then scale and shift")
+    components: Count = Field(8, description="logistics of a mixture")
+    scale: Scale = Field("tanh", description="how the scale is bounded")
+
+
+class SplineTransform(Section):
+    """A rational-quadratic spline."""
+
+    kind: Literal["spline"] = Field(description="a rational-quadratic spline")
+    bins: Annotated[int, Field(ge=2)] = Field(8, description="of a spline")
+    bound: Positive = Field(3.0, description="values beyond it are left as they are")
+
+
+Transform = Annotated[
+    AffineTransform | AdditiveTransform | MixtureTransform | SplineTransform,
+    Field(discriminator="kind"),
+]
 
 
 class ConvolutionalNetwork(Section):

@@ -16,6 +16,8 @@ from glowscale.bijections import (
     FlowStep,
     Invertible1x1Conv,
     Mask,
+    MixtureOfLogistics,
+    RationalQuadraticSpline,
     RecursiveCoupling,
     Sequential,
     Shape,
@@ -33,7 +35,12 @@ from glowscale.networks.velocity import TimeConditioning, VelocityNetwork
 Section = Mapping[str, Any]
 """Part of a config: its `kind`, and arguments of what that names."""
 
-TRANSFORMS: dict[str, Callable[..., Transform]] = {"affine": Affine, "additive": Additive}
+TRANSFORMS: dict[str, Callable[..., Transform]] = {
+    "affine": Affine,
+    "additive": Additive,
+    "mixture": MixtureOfLogistics,
+    "spline": RationalQuadraticSpline,
+}
 """Transforms by kind; each takes its own arguments."""
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "convolutional": ConvolutionalNetwork,
