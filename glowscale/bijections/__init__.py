@@ -1,10 +1,13 @@
 """Invertible maps with a cheap log-determinant; one idea a file."""
 
 from glowscale.bijections.actnorm import ActNorm, initializing
+from glowscale.bijections.autoregressive import Autoregressive, guiding, solving_inverses
 from glowscale.bijections.base import Bijection, Sequential, Shape
 from glowscale.bijections.conv1x1 import Invertible1x1Conv
 from glowscale.bijections.coupling import Coupling
 from glowscale.bijections.elementwise import AffinePixels, LogitPixels, Sigmoid
+from glowscale.bijections.fixed_point import Jacobi
+from glowscale.bijections.inverse import Inverse, InverseTransform
 from glowscale.bijections.linear import Linear
 from glowscale.bijections.masks import ChannelMask, CheckerboardMask, Mask
 from glowscale.bijections.matrices import InvertibleMatrix, LUMatrix, PlainMatrix, QRMatrix
@@ -20,13 +23,17 @@ __all__ = [
     "Additive",
     "Affine",
     "AffinePixels",
+    "Autoregressive",
     "Bijection",
     "ChannelMask",
     "CheckerboardMask",
     "Coupling",
     "FlowStep",
+    "Inverse",
+    "InverseTransform",
     "Invertible1x1Conv",
     "InvertibleMatrix",
+    "Jacobi",
     "LUMatrix",
     "Linear",
     "LogitPixels",
@@ -42,6 +49,8 @@ __all__ = [
     "Squeeze",
     "Transform",
     "Unsqueeze",
+    "guiding",
     "initializing",
     "keeping_inverses",
+    "solving_inverses",
 ]

@@ -1,0 +1,131 @@
+"""Autoregressive flows: every position is transformed by what a network reads in those before."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from glowscale.bijections.base import Bijection
+from glowscale.bijections.fixed_point import Jacobi, with_gradients
+from glowscale.bijections.transforms import Transform
+from glowscale.networks.stepping import CausalNetwork, Guidance, GuidedNetwork
+
+
+class Autoregressive(Bijection):
+    """Transform every position of an image given those before it, in raster order.
+
+    The Jacobian is triangular by positions. `forward` is one pass of the network; `inverse` steps
+    from position to position, or solves for all at once within `solving_inverses`. Source: MAF
+    (Papamakarios et al. 2017); with a transformer on patches, in alternating directions, TarFlow
+    (Zhai et al. 2024).
+
+    Args:
+        network: causal; from x (B, C, H, W) and the context to the transform's parameters,
+            (B, parameters_per_value · C, H, W); it alone may run in low precision.
+        transform: what is done to each value.
+        backwards: begin at the last position; the network sees images turned by 180°.
+
+    >>> from glowscale.bijections import Affine
+    >>> from glowscale.networks import MaskedConvolutionalNetwork
+    >>> network = MaskedConvolutionalNetwork(2, 4, hidden_channels=8, blocks=1)
+    >>> flow = Autoregressive(network, Affine())
+    >>> z, log_det = flow(torch.ones(1, 2, 3, 3))
+    """
+
+    passes = 0
+    """Of the network, in the last inverse; a step is one too."""
+
+    def __init__(
+        self, network: CausalNetwork, transform: Transform, backwards: bool = False
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.transform = transform
+        self.backwards = backwards
+        self._solver: Jacobi | None = None
+        self._guidance: Guidance | None = None
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Transform all positions of x (B, C, H, W); context is (B, K, H or 1, W or 1)."""
+        x = self._turn(x)
+        parameters = self.network(x, self._turn_context(context)).to(x.dtype)
+        z, log_det = self.transform.forward(x, parameters)
+        return self._turn(z), log_det
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Undo it, guided within `guiding`; gradients go back by the implicit function theorem."""
+        z, context = self._turn(z), self._turn_context(context)
+        with torch.no_grad():
+            x = self._step(z, context) if self._solver is None else self._solve(z, context)
+        if torch.is_grad_enabled():
+            x = with_gradients(lambda x: self._update(x, z, context), x)
+        return self._turn(x)
+
+    def _step(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """Find x position by position."""
+        stepper = self._informant.start(z, context)
+        found: list[Tensor] = []
+        for latents in z.flatten(2).unbind(2):
+            parameters = stepper.next(found[-1] if found else None).to(z.dtype)
+            found.append(self.transform.inverse(latents, parameters))
+        self.passes = len(found)
+        return torch.stack(found, 2).view(z.shape)
+
+    def _solve(self, z: Tensor, context: Tensor | None) -> Tensor:
+        """Find x at all positions at once, again and again."""
+        assert self._solver is not None
+
+        def update(x: Tensor, rows: Tensor) -> Tensor:
+            return self._update(x, z[rows], None if context is None else context[rows])
+
+        x, self.passes = self._solver.solve(update, z)
+        return x
+
+    def _update(self, x: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
+        """What x would be if x were right at the positions before."""
+        return self.transform.inverse(z, self._informant(x, context).to(z.dtype))
+
+    @property
+    def _informant(self) -> CausalNetwork | GuidedNetwork:
+        """Who tells the parameters in sampling."""
+        if self._guidance is None:
+            return self.network
+        return GuidedNetwork(self.network, self._guidance)
+
+    def _turn(self, x: Tensor) -> Tensor:
+        return x.flip((2, 3)) if self.backwards else x
+
+    def _turn_context(self, context: Tensor | None) -> Tensor | None:
+        return None if context is None else self._turn(context)
+
+
+@contextmanager
+def solving_inverses(model: nn.Module, solver: Jacobi) -> Iterator[None]:
+    """Within it, a model's autoregressive flows solve for their inverses in parallel passes.
+
+    How many each took is in its `passes`.
+    """
+    flows = [layer for layer in model.modules() if isinstance(layer, Autoregressive)]
+    before = [flow._solver for flow in flows]
+    for flow in flows:
+        flow._solver = solver
+    try:
+        yield
+    finally:
+        for flow, solver_before in zip(flows, before, strict=True):
+            flow._solver = solver_before
+
+
+@contextmanager
+def guiding(model: nn.Module, guidance: Guidance) -> Iterator[None]:
+    """Within it, the inverses of a model's autoregressive flows are guided, so no inverses."""
+    flows = [layer for layer in model.modules() if isinstance(layer, Autoregressive)]
+    before = [flow._guidance for flow in flows]
+    for flow in flows:
+        flow._guidance = guidance
+    try:
+        yield
+    finally:
+        for flow, guidance_before in zip(flows, before, strict=True):
+            flow._guidance = guidance_before
