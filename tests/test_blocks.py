@@ -9,10 +9,10 @@ from torch import Tensor
 from glowscale.bijections.continuous import ContinuousFlow
 from glowscale.bijections.matrices import MATRICES
 from glowscale.config.load import sections_of
-from glowscale.config.model import Block, Matrix, Model, Network, Transform
+from glowscale.config.model import Block, CausalNetworks, Matrix, Model, Network, Transform
 from glowscale.distributions import standard_normal_log_prob
 from glowscale.models import FAMILIES, Glow, MultiscaleFlow, build_model
-from glowscale.models.blocks import BLOCKS, NETWORKS, TRANSFORMS, assemble
+from glowscale.models.blocks import BLOCKS, CAUSAL_NETWORKS, NETWORKS, TRANSFORMS, assemble
 from tests.conftest import perturb
 
 CONVOLUTIONAL = {"kind": "convolutional", "hidden_channels": 8}
@@ -114,6 +114,7 @@ def test_what_does_not_fit_is_named_by_its_place(levels: list[Any], sentence: st
     [
         (BLOCKS, Block),
         (NETWORKS, Network),
+        (CAUSAL_NETWORKS, CausalNetworks),
         (TRANSFORMS, Transform),
         (FAMILIES, Model),
     ],

@@ -164,6 +164,13 @@ class AdditiveTransform(Section):
     kind: Literal["additive"] = Field(description="a shift of every value")
 
 
+class GaussianTransform(Section):
+    """Whitened by a mean and a deviation."""
+
+    kind: Literal["gaussian"] = Field(description="less a mean, by a deviation")
+    scale: Scale = Field("tanh", description="how the deviation is bounded")
+
+
 class MixtureTransform(Section):
     """The distribution function of a mixture of logistics, then a scale and a shift."""
 
@@ -181,7 +188,7 @@ class SplineTransform(Section):
 
 
 Transform = Annotated[
-    AffineTransform | AdditiveTransform | MixtureTransform | SplineTransform,
+    AffineTransform | AdditiveTransform | GaussianTransform | MixtureTransform | SplineTransform,
     Field(discriminator="kind"),
 ]
 
@@ -214,6 +221,27 @@ class TransformerNetwork(Section):
 Network = Annotated[
     ConvolutionalNetwork | GatedNetwork | TransformerNetwork, Field(discriminator="kind")
 ]
+
+
+class MaskedNetwork(Section):
+    """A gated PixelCNN."""
+
+    kind: Literal["masked"] = Field(description="causal convolutions: a gated PixelCNN")
+    hidden_channels: Count = Field(description="channels of either stack")
+    blocks: Count = Field(description="gated residual ones, after the first convolutions")
+    kernel_size: Count = Field(3, description="of the square that kernels are half of; odd")
+
+
+class CausalNetwork(Section):
+    """A causal transformer."""
+
+    kind: Literal["causal"] = Field(description="a causal transformer; a pixel is a token")
+    hidden_channels: Count = Field(description="features of every token")
+    blocks: Count = Field(description="of attention and perceptron")
+    heads: Count = Field(4, description="of attention")
+
+
+CausalNetworks = Annotated[MaskedNetwork | CausalNetwork, Field(discriminator="kind")]
 
 
 class Repeated(Section):
@@ -263,6 +291,19 @@ class RecursiveBlock(Mixed):
     network: Network = Field(description="what reads the kept part")
 
 
+class AutoregressiveBlock(Mixed):
+    """Autoregressive flows."""
+
+    kind: Literal["autoregressive"] = Field(
+        description="each pixel is transformed given those before it; by turns from either end"
+    )
+    transform: Transform = Field(description="what is done to each value")
+    network: CausalNetworks = Field(description="what reads the pixels before")
+    inverse: bool = Field(
+        False, description="the other way round: sampling is parallel, and density sequential"
+    )
+
+
 class ContinuousBlock(Velocities, Repeated):
     """Continuous flows."""
 
@@ -270,7 +311,12 @@ class ContinuousBlock(Velocities, Repeated):
 
 
 Block = Annotated[
-    SqueezeBlock | LinearBlock | CouplingBlock | RecursiveBlock | ContinuousBlock,
+    SqueezeBlock
+    | LinearBlock
+    | CouplingBlock
+    | RecursiveBlock
+    | AutoregressiveBlock
+    | ContinuousBlock,
     Field(discriminator="kind"),
 ]
 Level = Annotated[tuple[Block, ...], Field(strict=False)]

@@ -9,11 +9,14 @@ from glowscale.bijections import (
     ActNorm,
     Additive,
     Affine,
+    Autoregressive,
     Bijection,
     ChannelMask,
     CheckerboardMask,
     Coupling,
     FlowStep,
+    Inverse,
+    InverseTransform,
     Invertible1x1Conv,
     Mask,
     MixtureOfLogistics,
@@ -29,7 +32,14 @@ from glowscale.bijections.matrices import MATRICES
 from glowscale.bijections.solvers import Solver
 from glowscale.models.multiscale import MultiscaleFlow, Split
 from glowscale.models.solved import SolvedFlow
-from glowscale.networks import ConvolutionalNetwork, GatedAttentionNetwork, VisionTransformer
+from glowscale.networks import (
+    CausalTransformer,
+    ConvolutionalNetwork,
+    GatedAttentionNetwork,
+    MaskedConvolutionalNetwork,
+    VisionTransformer,
+)
+from glowscale.networks.stepping import CausalNetwork
 from glowscale.networks.velocity import TimeConditioning, VelocityNetwork
 
 Section = Mapping[str, Any]
@@ -38,6 +48,7 @@ Section = Mapping[str, Any]
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "affine": Affine,
     "additive": Additive,
+    "gaussian": lambda scale: InverseTransform(Affine(scale)),
     "mixture": MixtureOfLogistics,
     "spline": RationalQuadraticSpline,
 }
@@ -48,6 +59,11 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "transformer": VisionTransformer,
 }
 """Conditioners by kind; each takes the channels that go in and come out, and its own arguments."""
+CAUSAL_NETWORKS: dict[str, Callable[..., CausalNetwork]] = {
+    "masked": MaskedConvolutionalNetwork,
+    "causal": CausalTransformer,
+}
+"""The same, of autoregressive flows."""
 
 
 def assemble(
@@ -179,6 +195,29 @@ def recursive_blocks(
     return [make_step() for _ in range(depth)]
 
 
+def autoregressive_blocks(
+    shape: Shape,
+    context_channels: int,
+    *,
+    transform: Section,
+    network: Section,
+    depth: int = 1,
+    matrix: str | None = "lu",
+    inverse: bool = False,
+) -> list[Bijection]:
+    """Autoregressive flows, which begin at the first position and at the last by turns."""
+    channels = shape[0]
+
+    def make(index: int) -> Bijection:
+        change = make_transform(transform)
+        widths = (channels, change.parameters_per_value * channels)
+        causal = make_network(CAUSAL_NETWORKS, network, *widths, context_channels)
+        flow = Autoregressive(causal, change, backwards=index % 2 == 1)
+        return normalized(Inverse(flow) if inverse else flow, channels, matrix)
+
+    return [make(index) for index in range(depth)]
+
+
 def continuous_blocks(
     shape: Shape,
     context_channels: int,
@@ -232,6 +271,7 @@ BLOCKS: dict[str, Callable[..., list[Bijection]]] = {
     "linear": linear_blocks,
     "coupling": coupling_blocks,
     "recursive": recursive_blocks,
+    "autoregressive": autoregressive_blocks,
     "continuous": continuous_blocks,
 }
 """Blocks by kind; each takes the shape (C, H, W) that reaches it, the channels of the context, and
@@ -245,7 +285,7 @@ def make_coupling(
     kept, rest = mask.shapes(shape)
     change = make_transform(transform)
     widths = (kept[0], change.parameters_per_value * rest[0])
-    return Coupling(make_network(network, *widths, context_channels), change, mask)
+    return Coupling(make_network(NETWORKS, network, *widths, context_channels), change, mask)
 
 
 def make_transform(section: Section) -> Transform:
@@ -255,11 +295,15 @@ def make_transform(section: Section) -> Transform:
 
 
 def make_network(
-    section: Section, in_channels: int, out_channels: int, context_channels: int
-) -> nn.Module:
-    """The conditioner that a section of a config describes."""
+    networks: Mapping[str, Callable[..., Any]],
+    section: Section,
+    in_channels: int,
+    out_channels: int,
+    context_channels: int,
+) -> Any:  # noqa: ANN401
+    """The conditioner, one of `networks`, that a section of a config describes."""
     arguments = dict(section)
-    make = NETWORKS[arguments.pop("kind")]
+    make = networks[arguments.pop("kind")]
     return make(in_channels, out_channels, context_channels=context_channels, **arguments)
 
 
