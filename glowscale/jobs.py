@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import json
+import math
 import os
 import re
 import sys
@@ -106,6 +107,17 @@ def whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or above")
     return int(text)
+
+
+def above_zero(text: str) -> float:
+    """A number above zero, for a command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
+    return value
 
 
 def _sentence(error: Exception) -> str:

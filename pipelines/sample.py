@@ -6,14 +6,19 @@ command again makes only what is missing. Several jobs share the work by --part 
 
 import argparse
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
 
+from glowscale.bijections import Autoregressive, Jacobi, guiding, solving_inverses
 from glowscale.checkpoint import Checkpoint, load_model
 from glowscale.distributed import leave, refuse_disagreement, start_accelerator
 from glowscale.errors import UserError
-from glowscale.jobs import job, positive, report, run, say, whole
+from glowscale.jobs import above_zero, job, positive, report, run, say, whole
+from glowscale.models import MultiscaleFlow
+from glowscale.networks import Guidance
 from glowscale.restarts import refuse_standstill
 from glowscale.sampling import generate, save_preview
 
@@ -32,7 +37,7 @@ def main() -> None:
         refuse_disagreement("checkpoints", checkpoint.digest)
         model.to(accelerator.device)
         label = class_label(arguments.class_name, checkpoint.state["classes"], model.classes)
-        with accelerator.autocast():
+        with accelerator.autocast(), inverting(model, arguments):
             shards = generate(
                 model,
                 arguments.out,
@@ -47,11 +52,10 @@ def main() -> None:
                 parts=parts,
                 quiet=not accelerator.is_main_process,
             )
-        accelerator.wait_for_everyone()
-        if part == 0:
-            grid = arguments.out / "grid.png"
-            count = min(arguments.count, PREVIEW)
-            with accelerator.autocast():
+            accelerator.wait_for_everyone()
+            if part == 0:
+                grid = arguments.out / "grid.png"
+                count = min(arguments.count, PREVIEW)
                 save_preview(model, grid, count, arguments.seed, arguments.temperature, label)
         if accelerator.is_main_process:
             say(describe(arguments, shards))
@@ -66,7 +70,47 @@ def identity_of(arguments: argparse.Namespace, checkpoint: Checkpoint) -> dict[s
     identity = {"checkpoint": checkpoint.digest, "weights": arguments.weights}
     if arguments.precision != "float32":
         identity["precision"] = arguments.precision
+    for name in ("guidance", "guidance_temperature", "jacobi"):
+        if getattr(arguments, name) is not None:
+            identity[name] = str(getattr(arguments, name))
     return identity
+
+
+@contextmanager
+def inverting(model: MultiscaleFlow, arguments: argparse.Namespace) -> Iterator[None]:
+    """Within it autoregressive flows are guided, and solved in parallel passes, where asked.
+
+    Raises:
+        UserError: if the model has none, or nothing to be guided by.
+    """
+    guided, parallel = arguments.guidance is not None, arguments.jacobi is not None
+    flows = [layer for layer in model.modules() if isinstance(layer, Autoregressive)]
+    if (guided or parallel) and not flows:
+        raise UserError("--guidance and --jacobi are for autoregressive flows; there are none.")
+    temperature = arguments.guidance_temperature or 1.0
+    if guided:
+        refuse_unguided(model, flows, temperature)
+    with ExitStack() as stack:
+        if guided:
+            stack.enter_context(guiding(model, Guidance(arguments.guidance, temperature)))
+        if parallel:
+            stack.enter_context(solving_inverses(model, Jacobi(arguments.jacobi)))
+        yield
+
+
+def refuse_unguided(
+    model: MultiscaleFlow, flows: Sequence[Autoregressive], temperature: float
+) -> None:
+    """Raise UserError where a guided network would say nothing else, or nothing it has learned."""
+    if model.classes and not model.class_dropout:
+        raise UserError(
+            "--guidance needs a model that knows images of no class too, but this one was trained "
+            "with model.class_dropout=0."
+        )
+    if temperature == 1 and not model.classes:
+        raise UserError("--guidance of a model without classes needs --guidance-temperature.")
+    if temperature != 1 and any(not flow.network.has_attention for flow in flows):
+        raise UserError("--guidance-temperature is for attention; this model has convolutions.")
 
 
 def place_of(arguments: argparse.Namespace, accelerator: Accelerator) -> tuple[int, int]:
@@ -109,6 +153,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", choices=["ema", "model"], default="ema")
     parser.add_argument(
         "--precision", choices=["float32", "bf16"], default="float32", help="of the networks"
+    )
+    parser.add_argument(
+        "--guidance", type=float, metavar="W", help="how far autoregressive flows are led away"
+    )
+    parser.add_argument(
+        "--guidance-temperature",
+        type=above_zero,
+        metavar="T",
+        help="of the attention that they are led away from, which needs no classes",
+    )
+    parser.add_argument(
+        "--jacobi",
+        type=above_zero,
+        metavar="TOLERANCE",
+        help="solve autoregressive flows in parallel passes, until nothing changes by more",
     )
     parser.add_argument("--shard-size", type=positive, default=1000, help="images a shard")
     parser.add_argument("--parts", type=positive, default=1, help="jobs that share the work")

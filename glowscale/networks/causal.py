@@ -1,7 +1,7 @@
 """A causal transformer, with a token a pixel."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class CausalTransformer(nn.Module):
         heads: attentions side by side.
         context_channels: channels of the context, 0 where there is none.
     """
+
+    has_attention: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Causal convolutions: what is said of a pixel was read above it and to its left."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ class MaskedConvolutionalNetwork(nn.Module):
         context_channels: channels of the context, 0 where there is none.
         kernel_size: of the square that a kernel is the causal half of; odd, else a ValueError.
     """
+
+    has_attention: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Causal networks: all positions in one pass, or one after the other; and how they are guided."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class Stepper(Protocol):
 class CausalNetwork(Protocol):
     """A network whose result at a position reads x strictly before it, in raster order."""
 
+    has_attention: ClassVar[bool]
+
     def __call__(
         self, x: Tensor, context: Tensor | None = None, temperature: float = 1.0
     ) -> Tensor:
@@ -32,7 +34,7 @@ class CausalNetwork(Protocol):
         Args:
             x: the image.
             context: (B, context_channels, H or 1, W or 1); zeros say as much as None.
-            temperature: divides the logits of attention; networks without it raise a ValueError
+            temperature: divides the logits of attention; networks without any raise a ValueError
                 for any other than 1.
         """
 
