@@ -73,6 +73,16 @@ def test_jacobian_is_triangular_in_raster_order(
 
 
 @networks
+def test_backwards_is_the_same_seen_turned(make: Callable[..., CausalNetwork]) -> None:
+    network = flow_of(make(context_channels=3)).network
+    x, context = images(), torch.randn(3, 3, HEIGHT, WIDTH, dtype=torch.float64)
+    z, log_det = Autoregressive(network, Affine(), backwards=True)(x, context)
+    turned, turned_log_det = Autoregressive(network, Affine())(x.flip(2, 3), context.flip(2, 3))
+    assert torch.equal(z.flip(2, 3), turned)
+    assert torch.equal(log_det, turned_log_det)
+
+
+@networks
 @pytest.mark.parametrize("context_sides", [(1, 1), (HEIGHT, WIDTH)])
 def test_steps_say_what_one_pass_says(
     make: Callable[..., CausalNetwork], context_sides: tuple[int, int]

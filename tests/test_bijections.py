@@ -128,9 +128,13 @@ def spline(mask: Mask, context_channels: int = 0) -> Coupling:
     return coupling(RationalQuadraticSpline(4, 1.5), mask, context_channels)
 
 
-def masked(context_channels: int = 0, backwards: bool = False) -> Autoregressive:
-    network = MaskedConvolutionalNetwork(4, 8, 6, 2, context_channels)
-    return Autoregressive(network, Affine(), backwards)
+def masked(
+    context_channels: int = 0, backwards: bool = False, transform: Transform | None = None
+) -> Autoregressive:
+    transform = transform or Affine()
+    outputs = 4 * transform.parameters_per_value
+    network = MaskedConvolutionalNetwork(4, outputs, 6, 2, context_channels)
+    return Autoregressive(network, transform, backwards)
 
 
 def causal(backwards: bool = False, context_channels: int = 0) -> Autoregressive:
@@ -210,6 +214,14 @@ CASES = {
     "causal_backwards": stepping(lambda: causal(backwards=True)),
     "causal_class": stepping(lambda: causal(context_channels=3), context=(3, 1, 1)),
     "causal_conditional": stepping(lambda: causal(True, 3), context=(3, 2, 3)),
+    "masked_mixture": stepping(
+        lambda: masked(transform=MixtureOfLogistics(3)), tolerance=MixtureOfLogistics.tolerance
+    ),
+    "masked_spline": stepping(lambda: masked(transform=RationalQuadraticSpline(4, 1.5))),
+    "inverse_masked_mixture": stepping(
+        lambda: Inverse(masked(transform=MixtureOfLogistics(3))),
+        tolerance=MixtureOfLogistics.tolerance,
+    ),
     "inverse_masked": stepping(lambda: Inverse(masked(3)), context=(3, 1, 1)),
     "inverse_causal": stepping(lambda: Inverse(causal())),
     "sequential": Case(lambda: Sequential([Squeeze(), step(8), Squeeze(), step(32)]), (2, 4, 4)),

@@ -1,7 +1,7 @@
 """Autoregressive flows: every position is transformed by what a network reads in those before."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -57,38 +57,38 @@ class Autoregressive(Bijection):
         """Undo it, guided within `guiding`; gradients go back by the implicit function theorem."""
         z, context = self._turn(z), self._turn_context(context)
         with torch.no_grad():
-            x = self._step(z, context) if self._solver is None else self._solve(z, context)
+            if self._solver is None:
+                x, self.passes = self._step(z, context)
+            else:
+                x, self.passes = self._solve(self._solver, z, context)
         if torch.is_grad_enabled():
             x = with_gradients(lambda x: self._update(x, z, context), x)
         return self._turn(x)
 
-    def _step(self, z: Tensor, context: Tensor | None) -> Tensor:
-        """Find x position by position."""
-        stepper = self._informant.start(z, context)
+    def _step(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, int]:
+        """Find x position by position; how many there are."""
+        stepper = self._guided_network.start(z, context)
         found: list[Tensor] = []
         for latents in z.flatten(2).unbind(2):
             parameters = stepper.next(found[-1] if found else None).to(z.dtype)
             found.append(self.transform.inverse(latents, parameters))
-        self.passes = len(found)
-        return torch.stack(found, 2).view(z.shape)
+        return torch.stack(found, 2).view(z.shape), len(found)
 
-    def _solve(self, z: Tensor, context: Tensor | None) -> Tensor:
-        """Find x at all positions at once, again and again."""
-        assert self._solver is not None
+    def _solve(self, solver: Jacobi, z: Tensor, context: Tensor | None) -> tuple[Tensor, int]:
+        """Find x at all positions at once, in passes; how many it took."""
 
         def update(x: Tensor, rows: Tensor) -> Tensor:
             return self._update(x, z[rows], None if context is None else context[rows])
 
-        x, self.passes = self._solver.solve(update, z)
-        return x
+        return solver.solve(update, z)
 
     def _update(self, x: Tensor, z: Tensor, context: Tensor | None) -> Tensor:
         """What x would be if x were right at the positions before."""
-        return self.transform.inverse(z, self._informant(x, context).to(z.dtype))
+        return self.transform.inverse(z, self._guided_network(x, context).to(z.dtype))
 
     @property
-    def _informant(self) -> CausalNetwork | GuidedNetwork:
-        """Who tells the parameters in sampling."""
+    def _guided_network(self) -> CausalNetwork | GuidedNetwork:
+        """What tells the parameters in the inverse."""
         if self._guidance is None:
             return self.network
         return GuidedNetwork(self.network, self._guidance)
@@ -100,32 +100,31 @@ class Autoregressive(Bijection):
         return None if context is None else self._turn(context)
 
 
-@contextmanager
-def solving_inverses(model: nn.Module, solver: Jacobi) -> Iterator[None]:
+def solving_inverses(model: nn.Module, solver: Jacobi | None) -> AbstractContextManager[None]:
     """Within it, a model's autoregressive flows solve for their inverses in parallel passes.
 
-    How many each took is in its `passes`.
+    How many each took is in its `passes`. With None as solver they step.
     """
-    flows = [layer for layer in model.modules() if isinstance(layer, Autoregressive)]
-    before = [flow._solver for flow in flows]
-    for flow in flows:
-        flow._solver = solver
-    try:
-        yield
-    finally:
-        for flow, solver_before in zip(flows, before, strict=True):
-            flow._solver = solver_before
+    return _setting(model, "_solver", solver)
+
+
+def guiding(model: nn.Module, guidance: Guidance | None) -> AbstractContextManager[None]:
+    """Within it, a model's autoregressive flows are guided in `inverse`, and there alone.
+
+    So what they decode then is not encoded back to the same latents.
+    """
+    return _setting(model, "_guidance", guidance)
 
 
 @contextmanager
-def guiding(model: nn.Module, guidance: Guidance) -> Iterator[None]:
-    """Within it, the inverses of a model's autoregressive flows are guided, so no inverses."""
+def _setting(model: nn.Module, name: str, value: object) -> Iterator[None]:
+    """Within it, an attribute of all autoregressive flows of a model has another value."""
     flows = [layer for layer in model.modules() if isinstance(layer, Autoregressive)]
-    before = [flow._guidance for flow in flows]
+    before = [getattr(flow, name) for flow in flows]
     for flow in flows:
-        flow._guidance = guidance
+        setattr(flow, name, value)
     try:
         yield
     finally:
-        for flow, guidance_before in zip(flows, before, strict=True):
-            flow._guidance = guidance_before
+        for flow, value_before in zip(flows, before, strict=True):
+            setattr(flow, name, value_before)
