@@ -19,6 +19,9 @@ beside the model's sampling alone.
 python pipelines/benchmark.py linear: what the parametrizations of a linear flow's matrix cost, and
 how that grows with its dimension.
 
+python pipelines/benchmark.py inverse: what density and sampling cost by kind of flow, and how that
+grows with the number of pixels.
+
 python pipelines/benchmark.py ffjord: a step of a continuous flow, at the original code's reference
 setting (28×28 images, three levels, two flows in a row, hidden 64-64-64, dopri5 at 1e-5, batch 32)
 and by our recipe for Fashion-MNIST.
@@ -28,7 +31,17 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks import continuous, linear, memory, sampling, saves, scaling, streams, training
+from benchmarks import (
+    continuous,
+    inverses,
+    linear,
+    memory,
+    sampling,
+    saves,
+    scaling,
+    streams,
+    training,
+)
 
 from glowscale.jobs import job, report, run
 
@@ -40,6 +53,7 @@ BENCHMARKS = {
     "scaling": (scaling, "how the cost of training grows with pixels, depth and processes"),
     "sample": (sampling, "the job of sampling beside the model alone"),
     "linear": (linear, "what the parametrizations of a linear flow cost by dimension"),
+    "inverse": (inverses, "what density and sampling cost by kind of flow"),
     "ffjord": (continuous, "a step of a continuous flow"),
 }
 

@@ -50,3 +50,22 @@ def test_linear_flows_by_dimension(run_job: Runner) -> None:
             )
             growth = row["ms"]["16"] / row["ms"]["4"]
             assert 4 ** row["exponent"] == pytest.approx(growth, rel=0.05)
+
+
+def test_sampling_takes_a_step_for_every_position_or_one_for_all(run_job: Runner) -> None:
+    sizes = ["--sides", 2, 4, "--batch", 2, "--width", 8, "--repeats", 1]
+    found = last_json(run_job("benchmark.py", "inverse", *sizes, "--json"))
+    passes = {
+        name: [row["by_positions"][str(n)]["passes"] for n in (4, 16)]
+        for name, row in found.items()
+    }
+    parallel = ["coupling, density", "coupling, sampling", "causal transformer, density"]
+    parallel += ["masked autoregressive, density", "inverse autoregressive, sampling"]
+    for name in parallel:
+        assert passes.pop(name) == [1, 1]
+    for kind in ("masked autoregressive", "causal transformer"):
+        assert passes.pop(f"{kind}, sampling") == [4, 16]
+        few, more = passes.pop(f"{kind}, sampling by Jacobi")
+        assert 1 < few <= 4
+        assert 1 < more < 16
+    assert passes == {"inverse autoregressive, density": [4, 16]}

@@ -12,11 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.training import in_turn
+from benchmarks.turns import exponent, in_turn
 from glowscale.bijections import Linear
 from glowscale.bijections.matrices import MATRICES
 from glowscale.jobs import positive, say
@@ -90,14 +89,6 @@ def figures_of(dims: list[int], seconds: list[float], plain: list[float]) -> dic
         "exponent": exponent(dims, seconds),
         "exponent_at_the_end": exponent(dims[-2:], seconds[-2:]),
     }
-
-
-def exponent(dims: list[int], seconds: list[float]) -> float | None:
-    """The slope of log seconds over log D; None of a single dimension."""
-    if len(dims) < 2:
-        return None
-    slope, _ = np.polyfit(np.log(dims), np.log(seconds), 1)
-    return round(float(slope), 2)
 
 
 def line_of(name: str, row: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ import torch
 from matplotlib import pyplot
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.training import in_turn
+from benchmarks.turns import in_turn
 from glowscale.bijections.activations import Activations
 from glowscale.config import load_config
 from glowscale.jobs import positive, say

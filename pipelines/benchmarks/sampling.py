@@ -16,7 +16,8 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.peers import normflows_glow
-from benchmarks.training import add_model_arguments, in_turn
+from benchmarks.training import add_model_arguments
+from benchmarks.turns import in_turn
 from glowscale.bijections import keeping_inverses
 from glowscale.config import load_config
 from glowscale.distributed import start_accelerator

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.training import add_model_arguments, glow_updates, in_turn
+from benchmarks.training import add_model_arguments, glow_updates
+from benchmarks.turns import in_turn
 from benchmarks.updates import Updates
 from glowscale.distributed import start_accelerator
 from glowscale.jobs import positive, say

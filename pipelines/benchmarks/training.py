@@ -7,8 +7,6 @@ turns, a step each, so that a machine whose speed drifts hits all alike.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.images import pack_shapes
 from benchmarks.peers import PeerUpdates, normflows_glow
+from benchmarks.turns import in_turn
 from benchmarks.updates import Updates
 from glowscale.bijections import Coupling
 from glowscale.distributed import start_accelerator
@@ -125,17 +124,3 @@ class Networks:
                 y = network(x)
             wanted = [x, *network.parameters()]
             torch.autograd.grad(y, wanted, torch.ones_like(y))
-
-
-def in_turn(steps: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, which take turns; once before that unmeasured."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
