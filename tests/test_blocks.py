@@ -12,7 +12,9 @@ from glowscale.config.load import sections_of
 from glowscale.config.model import Block, CausalNetworks, Matrix, Model, Network, Transform
 from glowscale.distributions import standard_normal_log_prob
 from glowscale.models import FAMILIES, Glow, MultiscaleFlow, build_model
-from glowscale.models.blocks import BLOCKS, CAUSAL_NETWORKS, NETWORKS, TRANSFORMS, assemble
+from glowscale.models.assembly import assemble
+from glowscale.models.blocks import BLOCKS
+from glowscale.models.parts import CAUSAL_NETWORKS, NETWORKS, TRANSFORMS
 from tests.conftest import perturb
 
 CONVOLUTIONAL = {"kind": "convolutional", "hidden_channels": 8}

@@ -11,7 +11,7 @@ from glowscale.dequantization import (
     UniformDequantizer,
     VariationalDequantizer,
 )
-from glowscale.models.blocks import assemble
+from glowscale.models.assembly import assemble
 from glowscale.models.ffjord import Ffjord
 from glowscale.models.glow import Glow
 from glowscale.models.multiscale import FlowOutput, MultiscaleFlow, Split

@@ -1,14 +1,9 @@
-"""Levels put together from blocks, which a config lists by kind: any of them in any order."""
+"""Bijections of a level by the kind of block that a config lists: any of them in any order."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-from torch import nn
+from collections.abc import Callable, Sequence
 
 from glowscale.bijections import (
     ActNorm,
-    Additive,
-    Affine,
     Autoregressive,
     Bijection,
     ChannelMask,
@@ -16,123 +11,24 @@ from glowscale.bijections import (
     Coupling,
     FlowStep,
     Inverse,
-    InverseTransform,
     Invertible1x1Conv,
     Mask,
-    MixtureOfLogistics,
-    RationalQuadraticSpline,
     RecursiveCoupling,
     Sequential,
     Shape,
     Squeeze,
-    Transform,
 )
 from glowscale.bijections.continuous import ContinuousFlow, Gradient, Trace
 from glowscale.bijections.matrices import MATRICES
 from glowscale.bijections.solvers import Solver
-from glowscale.models.multiscale import MultiscaleFlow, Split
-from glowscale.models.solved import SolvedFlow
-from glowscale.networks import (
-    CausalTransformer,
-    ConvolutionalNetwork,
-    GatedAttentionNetwork,
-    MaskedConvolutionalNetwork,
-    VisionTransformer,
+from glowscale.models.parts import (
+    CAUSAL_NETWORKS,
+    NETWORKS,
+    Section,
+    make_network,
+    make_transform,
 )
-from glowscale.networks.stepping import CausalNetwork
 from glowscale.networks.velocity import TimeConditioning, VelocityNetwork
-
-Section = Mapping[str, Any]
-"""Part of a config: its `kind`, and arguments of what that names."""
-
-TRANSFORMS: dict[str, Callable[..., Transform]] = {
-    "affine": Affine,
-    "additive": Additive,
-    "gaussian": lambda scale: InverseTransform(Affine(scale)),
-    "mixture": MixtureOfLogistics,
-    "spline": RationalQuadraticSpline,
-}
-"""Transforms by kind; each takes its own arguments."""
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "convolutional": ConvolutionalNetwork,
-    "gated": GatedAttentionNetwork,
-    "transformer": VisionTransformer,
-}
-"""Conditioners by kind; each takes the channels that go in and come out, and its own arguments."""
-CAUSAL_NETWORKS: dict[str, Callable[..., CausalNetwork]] = {
-    "masked": MaskedConvolutionalNetwork,
-    "causal": CausalTransformer,
-}
-"""The same, of autoregressive flows."""
-
-
-def assemble(
-    image_shape: tuple[int, int, int],
-    grey_levels: int,
-    *,
-    levels: Sequence[Sequence[Section]],
-    probe: str = "rademacher",
-    kinetic: float = 0.0,
-    frobenius: float = 0.0,
-    classes: int = 0,
-    class_channels: int = 0,
-    **common: Any,  # noqa: ANN401
-) -> MultiscaleFlow:
-    """A multiscale flow from the blocks of each level, finest first.
-
-    Args:
-        image_shape: (C, H, W).
-        grey_levels: number of values that a pixel takes.
-        levels: the blocks of each level, in order; see `BLOCKS`.
-        probe: of continuous blocks, as the next two, see `SolvedFlow`.
-        kinetic: weight of their velocities' mean square.
-        frobenius: weight of their Jacobians' mean square.
-        classes: number of classes that the blocks' networks are conditional on.
-        class_channels: features of a class; 0 makes the model unconditional.
-        common: other arguments of `MultiscaleFlow`.
-
-    Raises:
-        ValueError: where a block cannot take the shape that reaches it; names the block.
-
-    >>> affine = {"kind": "coupling", "transform": {"kind": "affine"},
-    ...           "network": {"kind": "convolutional", "hidden_channels": 8}}
-    >>> squeeze = {"kind": "squeeze"}
-    >>> model = assemble((1, 8, 8), 17, levels=[[squeeze, affine], [squeeze, affine]])
-    >>> model.latent_shapes
-    [(2, 4, 4), (8, 2, 2)]
-    """
-    context_channels = class_channels if classes else 0
-    if not levels:
-        raise ValueError("A model needs at least one level; levels is empty.")
-    bijections: list[Bijection] = []
-    shape: Shape = image_shape
-    for number, blocks in enumerate(levels):
-        if number:
-            shape = Split(shape[0]).output_shapes(shape)[0]
-        level = Sequential(_build_level(blocks, shape, context_channels, f"levels.{number}"))
-        shape = level.output_shape(shape)
-        bijections.append(level)
-    arguments = {**common, "classes": classes, "class_channels": class_channels}
-    if any(isinstance(x, ContinuousFlow) for level in bijections for x in level.modules()):
-        arguments |= {"probe": probe, "kinetic": kinetic, "frobenius": frobenius}
-        return SolvedFlow(image_shape, grey_levels, bijections, **arguments)
-    return MultiscaleFlow(image_shape, grey_levels, bijections, **arguments)
-
-
-def _build_level(
-    blocks: Sequence[Section], shape: Shape, context_channels: int, where: str
-) -> list[Bijection]:
-    bijections: list[Bijection] = []
-    for number, block in enumerate(blocks):
-        arguments = dict(block)
-        kind = arguments.pop("kind")
-        try:
-            made = BLOCKS[kind](shape, context_channels, **arguments)
-            shape = Sequential(made).output_shape(shape)
-        except ValueError as error:
-            raise ValueError(f"In {where}.{number}, a {kind} block: {error}") from None
-        bijections += made
-    return bijections
 
 
 def squeeze_blocks(shape: Shape, context_channels: int, *, depth: int = 1) -> list[Bijection]:
@@ -286,25 +182,6 @@ def make_coupling(
     change = make_transform(transform)
     widths = (kept[0], change.parameters_per_value * rest[0])
     return Coupling(make_network(NETWORKS, network, *widths, context_channels), change, mask)
-
-
-def make_transform(section: Section) -> Transform:
-    """The transform that a section of a config describes."""
-    arguments = dict(section)
-    return TRANSFORMS[arguments.pop("kind")](**arguments)
-
-
-def make_network(
-    networks: Mapping[str, Callable[..., Any]],
-    section: Section,
-    in_channels: int,
-    out_channels: int,
-    context_channels: int,
-) -> Any:  # noqa: ANN401
-    """The conditioner, one of `networks`, that a section of a config describes."""
-    arguments = dict(section)
-    make = networks[arguments.pop("kind")]
-    return make(in_channels, out_channels, context_channels=context_channels, **arguments)
 
 
 def normalized(bijection: Bijection, channels: int, matrix: str | None) -> Bijection:

@@ -1,0 +1,65 @@
+"""What blocks are made of, by the kind that a config gives: transforms and networks."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from glowscale.bijections import (
+    Additive,
+    Affine,
+    InverseTransform,
+    MixtureOfLogistics,
+    RationalQuadraticSpline,
+    Transform,
+)
+from glowscale.networks import (
+    CausalTransformer,
+    ConvolutionalNetwork,
+    GatedAttentionNetwork,
+    MaskedConvolutionalNetwork,
+    VisionTransformer,
+)
+from glowscale.networks.stepping import CausalNetwork
+
+Section = Mapping[str, Any]
+"""Part of a config: its `kind`, and arguments of what that names."""
+
+TRANSFORMS: dict[str, Callable[..., Transform]] = {
+    "affine": Affine,
+    "additive": Additive,
+    "gaussian": lambda scale: InverseTransform(Affine(scale)),
+    "mixture": MixtureOfLogistics,
+    "spline": RationalQuadraticSpline,
+}
+"""Transforms by kind; each takes its own arguments."""
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "convolutional": ConvolutionalNetwork,
+    "gated": GatedAttentionNetwork,
+    "transformer": VisionTransformer,
+}
+"""Conditioners by kind; each takes the channels that go in and come out, and its own arguments."""
+CAUSAL_NETWORKS: dict[str, Callable[..., CausalNetwork]] = {
+    "masked": MaskedConvolutionalNetwork,
+    "causal": CausalTransformer,
+}
+"""The same, of autoregressive flows."""
+
+
+def make_transform(section: Section) -> Transform:
+    """The transform that a section of a config describes."""
+    arguments = dict(section)
+    return TRANSFORMS[arguments.pop("kind")](**arguments)
+
+
+def make_network(
+    networks: Mapping[str, Callable[..., Any]],
+    section: Section,
+    in_channels: int,
+    out_channels: int,
+    context_channels: int,
+) -> Any:  # noqa: ANN401
+    """The conditioner, one of `networks`, that a section of a config describes."""
+    arguments = dict(section)
+    make = networks[arguments.pop("kind")]
+    return make(in_channels, out_channels, context_channels=context_channels, **arguments)
