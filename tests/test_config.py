@@ -68,6 +68,55 @@ def test_mistakes_are_named(path: Path, override: str, sentence: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+BLOCKS = """
+family: multiscale
+levels:
+  - - {kind: squeeze}
+    - &step
+      kind: coupling
+      transform: {kind: affine}
+      network: {kind: convolutional, hidden_channels: 8}
+  - - *step
+"""
+
+
+@pytest.fixture
+def blocks_path(path: Path, config_dict: dict[str, Any]) -> Path:
+    rest = {key: value for key, value in config_dict.items() if key != "model"}
+    model = "model:" + BLOCKS.replace("\n", "\n  ")
+    path.write_text(yaml.safe_dump(rest) + model)
+    return path
+
+
+def test_overrides_reach_into_lists_and_change_one_place_alone(blocks_path: Path) -> None:
+    config = load_config(blocks_path, ["model.levels.0.1.depth=3", "model.levels.1.0.matrix=null"])
+    model = config.model.model_dump()
+    first, second = model["levels"][0][1], model["levels"][1][0]
+    assert (first["depth"], first["matrix"]) == (3, "lu")
+    assert (second["depth"], second["matrix"]) == (1, None)
+    saved = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+    assert parse_config(saved) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("model.levels.0.1.dept=2", "'model.levels.0.1.dept': did you mean 'depth'?"),
+        ("model.levels.0.1.network.hiden=2", "'model.levels.0.1.network.hiden'"),
+        ("model.levels.0.1.transform.kind=x", "'model.levels.0.1.transform.kind' is 'x'; it must"),
+        ("model.levels.0.1.kind=x", "'model.levels.0.1.kind' is 'x'; it must be one of 'squeeze'"),
+        ("model.levels.0.2.depth=2", "needs a place from 0 to 1, not '2'"),
+        ("model.levels.first=2", "needs a place from 0 to 1, not 'first'"),
+        ("model.levels=3", "'model.levels' is 3"),
+        ("model.level=3", "'model.level': did you mean 'levels'?"),
+    ],
+)
+def test_mistakes_in_lists_are_named(blocks_path: Path, override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(blocks_path, [override])
+    assert sentence in str(caught.value)
+
+
 def test_a_file_that_is_no_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config .*nowhere\.yaml"):
         load_config(tmp_path / "nowhere.yaml")

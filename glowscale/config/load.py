@@ -34,6 +34,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} is no text in UTF-8 ({error}).") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must be a mapping of sections, not {type(content).__name__}.")
+    content = _unshared(content)
     for override in overrides:
         _apply_override(content, override)
     return parse_config(content)
@@ -101,6 +102,13 @@ def _parse_yaml(text: str, where: str) -> Any:  # noqa: ANN401
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is no valid YAML: {' '.join(str(error).split())}.") from None
+
+
+def _unshared(content: Any) -> Any:  # noqa: ANN401
+    """A copy in which what an anchor names twice is there twice, so each can be overridden."""
+    if isinstance(content, dict):
+        return {key: _unshared(value) for key, value in content.items()}
+    return [_unshared(value) for value in content] if isinstance(content, list) else content
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
