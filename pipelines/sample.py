@@ -12,13 +12,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from glowscale.bijections import Autoregressive, Jacobi, guiding, solving_inverses
+from glowscale.bijections import Autoregressive, Guidance, Jacobi, guiding, solving_inverses
 from glowscale.checkpoint import Checkpoint, load_model
 from glowscale.distributed import leave, refuse_disagreement, start_accelerator
 from glowscale.errors import UserError
 from glowscale.jobs import above_zero, job, positive, report, run, say, whole
 from glowscale.models import MultiscaleFlow
-from glowscale.networks import Guidance
 from glowscale.restarts import refuse_standstill
 from glowscale.sampling import generate, save_preview
 

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from glowscale.bijections import (
     Affine,
     Autoregressive,
+    Guidance,
     Inverse,
     InverseTransform,
     Jacobi,
@@ -20,8 +21,8 @@ from glowscale.bijections import (
     guiding,
     solving_inverses,
 )
-from glowscale.networks import CausalTransformer, Guidance, MaskedConvolutionalNetwork
-from glowscale.networks.stepping import CausalNetwork
+from glowscale.bijections.stepping import CausalNetwork
+from glowscale.networks import CausalTransformer, MaskedConvolutionalNetwork
 from tests.conftest import perturb
 
 CHANNELS, HEIGHT, WIDTH = 2, 4, 5

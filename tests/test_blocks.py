@@ -9,7 +9,7 @@ from torch import Tensor
 from glowscale.bijections.continuous import ContinuousFlow
 from glowscale.bijections.matrices import MATRICES
 from glowscale.config.load import sections_of
-from glowscale.config.model import Block, CausalNetworks, Matrix, Model, Network, Transform
+from glowscale.config.model import Block, CausalNetwork, Matrix, Model, Network, Transform
 from glowscale.distributions import standard_normal_log_prob
 from glowscale.models import FAMILIES, Glow, MultiscaleFlow, build_model
 from glowscale.models.assembly import assemble
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_named_by_its_place(levels: list[Any], sentence: st
     [
         (BLOCKS, Block),
         (NETWORKS, Network),
-        (CAUSAL_NETWORKS, CausalNetworks),
+        (CAUSAL_NETWORKS, CausalNetwork),
         (TRANSFORMS, Transform),
         (FAMILIES, Model),
     ],

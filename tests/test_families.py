@@ -19,12 +19,12 @@ CAUSAL = {
     "kind": "autoregressive",
     "depth": 2,
     "transform": {"kind": "gaussian"},
-    "network": {"kind": "causal", "hidden_channels": 8, "blocks": 1, "heads": 2},
+    "network": {"kind": "causal_transformer", "hidden_channels": 8, "blocks": 1, "heads": 2},
 }
 MASKED = {
     **CAUSAL,
     "transform": {"kind": "mixture", "components": 3},
-    "network": {"kind": "masked", "hidden_channels": 6, "blocks": 1},
+    "network": {"kind": "masked_convolutional", "hidden_channels": 6, "blocks": 1},
 }
 GATED = {
     "kind": "coupling",

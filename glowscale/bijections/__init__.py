@@ -16,6 +16,7 @@ from glowscale.bijections.recursive import RecursiveCoupling
 from glowscale.bijections.spline import RationalQuadraticSpline
 from glowscale.bijections.squeeze import Squeeze, Unsqueeze
 from glowscale.bijections.step import FlowStep, keeping_inverses
+from glowscale.bijections.stepping import CausalNetwork, Guidance
 from glowscale.bijections.transforms import Additive, Affine, Transform
 
 __all__ = [
@@ -25,10 +26,12 @@ __all__ = [
     "AffinePixels",
     "Autoregressive",
     "Bijection",
+    "CausalNetwork",
     "ChannelMask",
     "CheckerboardMask",
     "Coupling",
     "FlowStep",
+    "Guidance",
     "Inverse",
     "InverseTransform",
     "Invertible1x1Conv",

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from glowscale.bijections.base import Bijection
 from glowscale.bijections.fixed_point import Jacobi, with_gradients
+from glowscale.bijections.stepping import CausalNetwork, Guidance, GuidedNetwork
 from glowscale.bijections.transforms import Transform
-from glowscale.networks.stepping import CausalNetwork, Guidance, GuidedNetwork
 
 
 class Autoregressive(Bijection):

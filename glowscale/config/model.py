@@ -223,25 +223,27 @@ Network = Annotated[
 ]
 
 
-class MaskedNetwork(Section):
+class MaskedConvolutionalNetwork(Section):
     """A gated PixelCNN."""
 
-    kind: Literal["masked"] = Field(description="causal convolutions: a gated PixelCNN")
+    kind: Literal["masked_convolutional"] = Field(description="a gated PixelCNN")
     hidden_channels: Count = Field(description="channels of either stack")
     blocks: Count = Field(description="gated residual ones, after the first convolutions")
     kernel_size: Count = Field(3, description="of the square that kernels are half of; odd")
 
 
-class CausalNetwork(Section):
+class CausalTransformer(Section):
     """A causal transformer."""
 
-    kind: Literal["causal"] = Field(description="a causal transformer; a pixel is a token")
+    kind: Literal["causal_transformer"] = Field(description="reads in raster order")
     hidden_channels: Count = Field(description="features of every token")
     blocks: Count = Field(description="of attention and perceptron")
     heads: Count = Field(4, description="of attention")
 
 
-CausalNetworks = Annotated[MaskedNetwork | CausalNetwork, Field(discriminator="kind")]
+CausalNetwork = Annotated[
+    MaskedConvolutionalNetwork | CausalTransformer, Field(discriminator="kind")
+]
 
 
 class Repeated(Section):
@@ -298,7 +300,7 @@ class AutoregressiveBlock(Mixed):
         description="each pixel is transformed given those before it; by turns from either end"
     )
     transform: Transform = Field(description="what is done to each value")
-    network: CausalNetworks = Field(description="what reads the pixels before")
+    network: CausalNetwork = Field(description="what reads the pixels before")
     inverse: bool = Field(
         False, description="the other way round: sampling is parallel, and density sequential"
     )

@@ -7,7 +7,7 @@ from glowscale.bijections import Bijection, Sequential, Shape
 from glowscale.bijections.continuous import ContinuousFlow
 from glowscale.models.blocks import BLOCKS
 from glowscale.models.multiscale import MultiscaleFlow, Split
-from glowscale.models.parts import Section
+from glowscale.models.parts import Arguments
 from glowscale.models.solved import SolvedFlow
 
 
@@ -15,7 +15,7 @@ def assemble(
     image_shape: tuple[int, int, int],
     grey_levels: int,
     *,
-    levels: Sequence[Sequence[Section]],
+    levels: Sequence[Sequence[Arguments]],
     probe: str = "rademacher",
     kinetic: float = 0.0,
     frobenius: float = 0.0,
@@ -65,7 +65,7 @@ def assemble(
 
 
 def _build_level(
-    blocks: Sequence[Section], shape: Shape, context_channels: int, where: str
+    blocks: Sequence[Arguments], shape: Shape, context_channels: int, where: str
 ) -> list[Bijection]:
     bijections: list[Bijection] = []
     for number, block in enumerate(blocks):

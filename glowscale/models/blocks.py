@@ -24,7 +24,7 @@ from glowscale.bijections.solvers import Solver
 from glowscale.models.parts import (
     CAUSAL_NETWORKS,
     NETWORKS,
-    Section,
+    Arguments,
     make_network,
     make_transform,
 )
@@ -52,8 +52,8 @@ def coupling_blocks(
     shape: Shape,
     context_channels: int,
     *,
-    transform: Section,
-    network: Section,
+    transform: Arguments,
+    network: Arguments,
     depth: int = 1,
     mask: str = "channels",
     matrix: str | None = "lu",
@@ -72,8 +72,8 @@ def recursive_blocks(
     shape: Shape,
     context_channels: int,
     *,
-    transform: Section,
-    network: Section,
+    transform: Arguments,
+    network: Arguments,
     recursions: int,
     depth: int = 1,
     matrix: str | None = "lu",
@@ -95,8 +95,8 @@ def autoregressive_blocks(
     shape: Shape,
     context_channels: int,
     *,
-    transform: Section,
-    network: Section,
+    transform: Arguments,
+    network: Arguments,
     depth: int = 1,
     matrix: str | None = "lu",
     inverse: bool = False,
@@ -122,8 +122,8 @@ def continuous_blocks(
     depth: int = 1,
     matrix: str | None = None,
     time: TimeConditioning = "concat",
-    solver: Section | None = None,
-    evaluation_solver: Section | None = None,
+    solver: Arguments | None = None,
+    evaluation_solver: Arguments | None = None,
     gradient: Gradient = "adjoint",
     trace: Trace = "hutchinson",
     fallback_steps: int = 8,
@@ -175,7 +175,7 @@ its own arguments."""
 
 
 def make_coupling(
-    shape: Shape, mask: Mask, transform: Section, network: Section, context_channels: int
+    shape: Shape, mask: Mask, transform: Arguments, network: Arguments, context_channels: int
 ) -> Coupling:
     """A coupling of images of `shape`, its network as wide as mask and transform need."""
     kept, rest = mask.shapes(shape)

@@ -8,6 +8,7 @@ from torch import nn
 from glowscale.bijections import (
     Additive,
     Affine,
+    CausalNetwork,
     InverseTransform,
     MixtureOfLogistics,
     RationalQuadraticSpline,
@@ -20,9 +21,8 @@ from glowscale.networks import (
     MaskedConvolutionalNetwork,
     VisionTransformer,
 )
-from glowscale.networks.stepping import CausalNetwork
 
-Section = Mapping[str, Any]
+Arguments = Mapping[str, Any]
 """Part of a config: its `kind`, and arguments of what that names."""
 
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
@@ -40,13 +40,13 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 """Conditioners by kind; each takes the channels that go in and come out, and its own arguments."""
 CAUSAL_NETWORKS: dict[str, Callable[..., CausalNetwork]] = {
-    "masked": MaskedConvolutionalNetwork,
-    "causal": CausalTransformer,
+    "masked_convolutional": MaskedConvolutionalNetwork,
+    "causal_transformer": CausalTransformer,
 }
 """The same, of autoregressive flows."""
 
 
-def make_transform(section: Section) -> Transform:
+def make_transform(section: Arguments) -> Transform:
     """The transform that a section of a config describes."""
     arguments = dict(section)
     return TRANSFORMS[arguments.pop("kind")](**arguments)
@@ -54,7 +54,7 @@ def make_transform(section: Section) -> Transform:
 
 def make_network(
     networks: Mapping[str, Callable[..., Any]],
-    section: Section,
+    section: Arguments,
     in_channels: int,
     out_channels: int,
     context_channels: int,

@@ -4,7 +4,6 @@ from glowscale.networks.causal import CausalTransformer
 from glowscale.networks.convolutional import ContextNetwork, ConvolutionalNetwork, zero_conv
 from glowscale.networks.gated import GatedAttentionNetwork
 from glowscale.networks.masked import MaskedConvolutionalNetwork
-from glowscale.networks.stepping import Guidance
 from glowscale.networks.transformer import VisionTransformer
 
 __all__ = [
@@ -12,7 +11,6 @@ __all__ = [
     "ContextNetwork",
     "ConvolutionalNetwork",
     "GatedAttentionNetwork",
-    "Guidance",
     "MaskedConvolutionalNetwork",
     "VisionTransformer",
     "zero_conv",
