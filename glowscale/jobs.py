@@ -109,13 +109,21 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def above_zero(text: str) -> float:
-    """A number above zero, for a command line."""
+def finite(text: str) -> float:
+    """A number, for a command line."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value < math.inf:
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a finite number")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A number above zero, for a command line."""
+    value = finite(text)
+    if value <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number above 0")
     return value
 

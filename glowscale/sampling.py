@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from glowscale.bijections import keeping_inverses
+from glowscale.bijections import Guidance, Jacobi, keeping_inverses
+from glowscale.bijections.autoregressive import (
+    Autoregressive,
+    guiding,
+    sampled_in_steps,
+    solving_inverses,
+)
 from glowscale.data.sources import Sample
 from glowscale.data.writer import Encoded, encode, write_shard
 from glowscale.errors import UserError
@@ -68,6 +75,42 @@ def draw_continuous(
     """As `sample_images`, before pixels are made of them; also the images' labels (B,)."""
     labels = torch.tensor(labels_of(model, indices, label), device=model.device)
     return model.decode(model.draw_latents(seed, indices, temperature), labels), labels
+
+
+@contextmanager
+def inverting(
+    model: MultiscaleFlow, guidance: Guidance | None = None, solver: Jacobi | None = None
+) -> Iterator[None]:
+    """Within it a model's autoregressive flows are guided, and solved in parallel passes.
+
+    Raises:
+        UserError: where there are none that are sampled in steps, or nothing to be guided by.
+    """
+    flows = sampled_in_steps(model)
+    if (guidance or solver) and not flows:
+        raise UserError(
+            "Guidance and parallel passes are for autoregressive flows that are sampled in steps; "
+            "this model has none."
+        )
+    if guidance:
+        refuse_unguided(model, flows, guidance.temperature)
+    with guiding(model, guidance), solving_inverses(model, solver):
+        yield
+
+
+def refuse_unguided(
+    model: MultiscaleFlow, flows: Sequence[Autoregressive], temperature: float
+) -> None:
+    """Raise UserError where a guided network would say nothing else, or nothing it has learned."""
+    if model.classes and not model.class_dropout:
+        raise UserError(
+            "Guidance needs a model that knows images of no class too, but this one was trained "
+            "with model.class_dropout=0."
+        )
+    if temperature == 1 and not model.classes:
+        raise UserError("Guidance of a model without classes needs a temperature other than 1.")
+    if temperature != 1 and any(not flow.network.has_attention for flow in flows):
+        raise UserError("A temperature of guidance is for attention; this model has convolutions.")
 
 
 def labels_of(model: MultiscaleFlow, indices: range, label: int | None) -> list[int]:

@@ -6,20 +6,17 @@ command again makes only what is missing. Several jobs share the work by --part 
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from glowscale.bijections import Autoregressive, Guidance, Jacobi, guiding, solving_inverses
+from glowscale.bijections import Guidance, Jacobi
 from glowscale.checkpoint import Checkpoint, load_model
 from glowscale.distributed import leave, refuse_disagreement, start_accelerator
 from glowscale.errors import UserError
-from glowscale.jobs import above_zero, job, positive, report, run, say, whole
-from glowscale.models import MultiscaleFlow
+from glowscale.jobs import above_zero, finite, job, positive, report, run, say, whole
 from glowscale.restarts import refuse_standstill
-from glowscale.sampling import generate, save_preview
+from glowscale.sampling import generate, inverting, save_preview
 
 PREVIEW = 64
 
@@ -36,7 +33,8 @@ def main() -> None:
         refuse_disagreement("checkpoints", checkpoint.digest)
         model.to(accelerator.device)
         label = class_label(arguments.class_name, checkpoint.state["classes"], model.classes)
-        with accelerator.autocast(), inverting(model, arguments):
+        guidance, solver = inversion_of(arguments)
+        with accelerator.autocast(), inverting(model, guidance, solver):
             shards = generate(
                 model,
                 arguments.out,
@@ -75,41 +73,11 @@ def identity_of(arguments: argparse.Namespace, checkpoint: Checkpoint) -> dict[s
     return identity
 
 
-@contextmanager
-def inverting(model: MultiscaleFlow, arguments: argparse.Namespace) -> Iterator[None]:
-    """Within it autoregressive flows are guided, and solved in parallel passes, where asked.
-
-    Raises:
-        UserError: if the model has none, or nothing to be guided by.
-    """
-    guided, parallel = arguments.guidance is not None, arguments.jacobi is not None
-    flows = [layer for layer in model.modules() if isinstance(layer, Autoregressive)]
-    if (guided or parallel) and not flows:
-        raise UserError("--guidance and --jacobi are for autoregressive flows; there are none.")
-    temperature = arguments.guidance_temperature or 1.0
-    if guided:
-        refuse_unguided(model, flows, temperature)
-    with ExitStack() as stack:
-        if guided:
-            stack.enter_context(guiding(model, Guidance(arguments.guidance, temperature)))
-        if parallel:
-            stack.enter_context(solving_inverses(model, Jacobi(arguments.jacobi)))
-        yield
-
-
-def refuse_unguided(
-    model: MultiscaleFlow, flows: Sequence[Autoregressive], temperature: float
-) -> None:
-    """Raise UserError where a guided network would say nothing else, or nothing it has learned."""
-    if model.classes and not model.class_dropout:
-        raise UserError(
-            "--guidance needs a model that knows images of no class too, but this one was trained "
-            "with model.class_dropout=0."
-        )
-    if temperature == 1 and not model.classes:
-        raise UserError("--guidance of a model without classes needs --guidance-temperature.")
-    if temperature != 1 and any(not flow.network.has_attention for flow in flows):
-        raise UserError("--guidance-temperature is for attention; this model has convolutions.")
+def inversion_of(arguments: argparse.Namespace) -> tuple[Guidance | None, Jacobi | None]:
+    """How autoregressive flows are guided and solved."""
+    weight, temperature = arguments.guidance, arguments.guidance_temperature
+    guidance = None if weight is None else Guidance(weight, temperature or 1.0)
+    return guidance, None if arguments.jacobi is None else Jacobi(arguments.jacobi)
 
 
 def place_of(arguments: argparse.Namespace, accelerator: Accelerator) -> tuple[int, int]:
@@ -154,7 +122,7 @@ def parse_arguments() -> argparse.Namespace:
         "--precision", choices=["float32", "bf16"], default="float32", help="of the networks"
     )
     parser.add_argument(
-        "--guidance", type=float, metavar="W", help="how far autoregressive flows are led away"
+        "--guidance", type=finite, metavar="W", help="how far autoregressive flows are led away"
     )
     parser.add_argument(
         "--guidance-temperature",
@@ -175,6 +143,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.part >= arguments.parts:
         parser.error(f"--part is {arguments.part}; it must be less than --parts {arguments.parts}")
+    if arguments.guidance is None and arguments.guidance_temperature is not None:
+        parser.error("--guidance-temperature is of --guidance, which is not given")
     return arguments
 
 

@@ -10,9 +10,13 @@ import torch
 import yaml
 from webdataset import WebDataset
 
+from glowscale.bijections import Guidance, guiding
 from glowscale.checkpoint import load_model
 from glowscale.data.images import decode_png
-from tests.conftest import Runner, last_json
+from glowscale.errors import UserError
+from glowscale.models.assembly import assemble
+from glowscale.sampling import inverting
+from tests.conftest import Runner, last_json, perturb
 
 SQUEEZE: dict[str, Any] = {"kind": "squeeze"}
 CAUSAL = {
@@ -141,8 +145,8 @@ def test_what_cannot_be_guided_is_told(
         arguments = (tmp_path / run, "--count", 1, "--out", tmp_path / "out", *options)
         return near_job("sample.py", *arguments, check=False).stderr.splitlines()[-1]
 
-    assert "autoregressive flows; there are none" in refusal("glow", "--jacobi", 1e-5)
-    assert "without classes needs --guidance-temperature" in refusal("run", "--guidance", 1)
+    assert "sampled in steps; this model has none" in refusal("glow", "--jacobi", 1e-5)
+    assert "without classes needs a temperature" in refusal("run", "--guidance", 1)
     warm = refusal("run", "--guidance", 1, "--guidance-temperature", 1.5)
     assert "is for attention; this model has convolutions" in warm
 
@@ -151,3 +155,18 @@ def read(shards: list[str]) -> np.ndarray:
     """All images of shards."""
     samples = [s for shard in shards for s in WebDataset(shard, shardshuffle=False)]
     return np.stack([decode_png(sample["png"]) for sample in samples]).astype(int)
+
+
+def test_a_flow_that_is_sampled_in_one_pass_is_not_guided() -> None:
+    turned = {**CAUSAL, "inverse": True}
+    model = assemble(
+        (1, 4, 4), 16, levels=[[SQUEEZE, turned]], classes=3, class_channels=2, class_dropout=0.1
+    )
+    perturb(model)
+    images, labels = 16 * torch.rand(2, 1, 4, 4), torch.tensor([0, 2])
+    with torch.no_grad():
+        density = model.log_density(images, labels)
+        with guiding(model, Guidance(3.0)):
+            assert torch.equal(model.log_density(images, labels), density)
+    with pytest.raises(UserError, match="this model has none"), inverting(model, Guidance(3.0)):
+        pass

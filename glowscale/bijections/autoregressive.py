@@ -1,6 +1,6 @@
 """Autoregressive flows: every position is transformed by what a network reads in those before."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from glowscale.bijections.base import Bijection
 from glowscale.bijections.fixed_point import Jacobi, with_gradients
+from glowscale.bijections.inverse import Inverse
 from glowscale.bijections.stepping import CausalNetwork, Guidance, GuidedNetwork
 from glowscale.bijections.transforms import Transform
 
@@ -105,21 +106,33 @@ def solving_inverses(model: nn.Module, solver: Jacobi | None) -> AbstractContext
 
     How many each took is in its `passes`. With None as solver they step.
     """
-    return _setting(model, "_solver", solver)
+    return _setting(autoregressive_flows(model), "_solver", solver)
 
 
 def guiding(model: nn.Module, guidance: Guidance | None) -> AbstractContextManager[None]:
     """Within it, a model's autoregressive flows are guided in `inverse`, and there alone.
 
-    So what they decode then is not encoded back to the same latents.
+    So what they decode then is not encoded back to the same latents. Those within an `Inverse`,
+    whose inverse is part of the density, are left alone.
     """
-    return _setting(model, "_guidance", guidance)
+    return _setting(sampled_in_steps(model), "_guidance", guidance)
+
+
+def autoregressive_flows(model: nn.Module) -> list[Autoregressive]:
+    """All of a model."""
+    return [layer for layer in model.modules() if isinstance(layer, Autoregressive)]
+
+
+def sampled_in_steps(model: nn.Module) -> list[Autoregressive]:
+    """Those of a model whose inverse samples; within an `Inverse` it is the density's."""
+    turned = [layer for layer in model.modules() if isinstance(layer, Inverse)]
+    within = {flow for layer in turned for flow in autoregressive_flows(layer)}
+    return [flow for flow in autoregressive_flows(model) if flow not in within]
 
 
 @contextmanager
-def _setting(model: nn.Module, name: str, value: object) -> Iterator[None]:
-    """Within it, an attribute of all autoregressive flows of a model has another value."""
-    flows = [layer for layer in model.modules() if isinstance(layer, Autoregressive)]
+def _setting(flows: Sequence[Autoregressive], name: str, value: object) -> Iterator[None]:
+    """Within it, an attribute of autoregressive flows has another value."""
     before = [getattr(flow, name) for flow in flows]
     for flow in flows:
         setattr(flow, name, value)

@@ -28,7 +28,7 @@ Arguments = Mapping[str, Any]
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "affine": Affine,
     "additive": Additive,
-    "gaussian": lambda scale: InverseTransform(Affine(scale)),
+    "gaussian": lambda scale="tanh": InverseTransform(Affine(scale)),
     "mixture": MixtureOfLogistics,
     "spline": RationalQuadraticSpline,
 }
