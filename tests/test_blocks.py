@@ -6,19 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from glowscale.bijections import Autoregressive, Bijection, Coupling
 from glowscale.bijections.continuous import ContinuousFlow
 from glowscale.bijections.matrices import MATRICES
 from glowscale.config.load import sections_of
-from glowscale.config.model import Block, CausalNetwork, Matrix, Model, Network, Transform
+from glowscale.config.model import Block, CausalNetwork, Mask, Matrix, Model, Network, Transform
 from glowscale.distributions import standard_normal_log_prob
 from glowscale.models import FAMILIES, Glow, MultiscaleFlow, build_model
 from glowscale.models.assembly import assemble
 from glowscale.models.blocks import BLOCKS
-from glowscale.models.parts import CAUSAL_NETWORKS, NETWORKS, TRANSFORMS
+from glowscale.models.parts import CAUSAL_NETWORKS, MASKS, NETWORKS, TRANSFORMS
 from tests.conftest import perturb
 
 CONVOLUTIONAL = {"kind": "convolutional", "hidden_channels": 8}
 SQUEEZE: dict[str, Any] = {"kind": "squeeze"}
+LINEAR: dict[str, Any] = {"kind": "linear"}
 COUPLING = {"kind": "coupling", "transform": {"kind": "affine"}, "network": CONVOLUTIONAL}
 CHECKERBOARD = {**COUPLING, "mask": "checkerboard", "depth": 2, "matrix": None}
 RECURSIVE = {**COUPLING, "kind": "recursive", "recursions": 2}
@@ -28,7 +30,16 @@ CONTINUOUS = {
     "solver": {"method": "rk4", "steps": 16},
     "trace": "exact",
 }
-MIXED = [[CHECKERBOARD, SQUEEZE, COUPLING, {"kind": "linear"}], [RECURSIVE, CONTINUOUS]]
+MASKED = {"kind": "masked_convolutional", "hidden_channels": 8, "blocks": 1}
+CAUSAL = {"kind": "causal_transformer", "hidden_channels": 8, "blocks": 1, "heads": 2}
+AUTOREGRESSIVE = [
+    {"kind": "autoregressive", "transform": {"kind": "affine"}, "network": network}
+    for network in (MASKED, CAUSAL)
+]
+MIXED = [
+    [CHECKERBOARD, SQUEEZE, COUPLING, LINEAR],
+    [RECURSIVE, CONTINUOUS, *AUTOREGRESSIVE],
+]
 
 
 def mixed(**arguments: object) -> MultiscaleFlow:
@@ -78,16 +89,33 @@ def test_the_energies_of_a_continuous_block_are_in_the_loss() -> None:
     assert (output.penalties["kinetic"] > 0).all()
 
 
+def readers(model: MultiscaleFlow) -> dict[str, Bijection]:
+    """What reads the class: the top prior, and the bijections with networks in the levels."""
+    kinds = (Coupling, Autoregressive, ContinuousFlow)
+    found = {
+        f"{number}.{name}": layer
+        for number, level in enumerate(model.levels)
+        for name, layer in level.named_modules()
+        if isinstance(layer, kinds)
+    }
+    networks = {type(x.network) for x in found.values() if isinstance(x, Autoregressive)}
+    assert networks == set(CAUSAL_NETWORKS.values())
+    assert {type(layer) for layer in found.values()} == set(kinds)
+    return {**found, "prior": model.prior}
+
+
 def test_classes_reach_every_block() -> None:
+    """Where one layer alone is told the other classes, the likelihood is another."""
     model = mixed(classes=3, class_channels=2)
     images = torch.full((3, 1, 4, 4), 5, dtype=torch.uint8)
     noise = torch.full((3, 2, 4, 4), 0.5, dtype=torch.float64)
-    log_probs = model(images, torch.arange(3), noise).log_prob
-    assert len({round(x.item(), 9) for x in log_probs}) == 3
-    log_probs.sum().backward()
-    for layer in model.modules():
-        if hasattr(layer, "network") or hasattr(layer, "velocity"):
-            assert all(p.grad is not None for p in layer.parameters())
+    with torch.no_grad():
+        straight = model(images, torch.arange(3), noise).log_prob
+        for name, layer in readers(model).items():
+            hook = layer.register_forward_pre_hook(lambda _, args: (args[0], args[1].roll(1, 0)))
+            turned = model(images, torch.arange(3), noise).log_prob
+            hook.remove()
+            assert ((turned - straight).abs() > 1e-6).all(), name
 
 
 @pytest.mark.parametrize(
@@ -97,6 +125,9 @@ def test_classes_reach_every_block() -> None:
         ([[COUPLING]], r"levels\.0\.0, a coupling block: .* at least 2 channels, not 1"),
         ([[SQUEEZE], [SQUEEZE, SQUEEZE]], r"levels\.1\.1, a squeeze block: .* not 1×1"),
         ([], "at least one level"),
+        ([[LINEAR], [LINEAR]], r"After levels\.0: A split needs at least 2 channels, not 1; squ"),
+        ([[], [SQUEEZE]], r"After levels\.0: A split needs at least 2 channels, not 1; squeeze"),
+        ([[SQUEEZE], [], [], []], r"After levels\.2: A split needs at least 2 channels, not 1"),
     ],
 )
 def test_what_does_not_fit_is_named_by_its_place(levels: list[Any], sentence: str) -> None:
@@ -127,5 +158,13 @@ def test_configs_name_all_that_is_registered(registry: dict[str, Any], keys: obj
     assert [get_args(tag.annotation)[0] for tag in tags] == list(registry)
 
 
-def test_configs_name_every_parametrization_of_a_matrix() -> None:
-    assert get_args(Matrix) == tuple(MATRICES)
+@pytest.mark.parametrize(("registry", "names"), [(MATRICES, Matrix), (MASKS, Mask)])
+def test_configs_name_every_matrix_and_mask(registry: dict[str, Any], names: object) -> None:
+    assert get_args(names) == tuple(registry)
+
+
+def test_checkerboards_keep_one_colour_and_the_other_by_turns() -> None:
+    x = torch.arange(16).view(1, 1, 4, 4)
+    kept = [MASKS["checkerboard"](index).split(x)[0].flatten().tolist() for index in range(3)]
+    assert kept[0] == kept[2] == [0, 2, 5, 7, 8, 10, 13, 15]
+    assert kept[1] == [1, 3, 4, 6, 9, 11, 12, 14]

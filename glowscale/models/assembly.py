@@ -1,12 +1,13 @@
 """Multiscale flows of any blocks, as a config lists them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from glowscale.bijections import Bijection, Sequential, Shape
 from glowscale.bijections.continuous import ContinuousFlow
 from glowscale.models.blocks import BLOCKS
-from glowscale.models.multiscale import MultiscaleFlow, Split
+from glowscale.models.multiscale import MultiscaleFlow, split_shapes
 from glowscale.models.parts import Arguments
 from glowscale.models.solved import SolvedFlow
 
@@ -37,7 +38,8 @@ def assemble(
         common: other arguments of `MultiscaleFlow`.
 
     Raises:
-        ValueError: where a block cannot take the shape that reaches it; names the block.
+        ValueError: where a block, or the split after a level, cannot take the shape that reaches
+            it; names the place.
 
     >>> affine = {"kind": "coupling", "transform": {"kind": "affine"},
     ...           "network": {"kind": "convolutional", "hidden_channels": 8}}
@@ -53,7 +55,8 @@ def assemble(
     shape: Shape = image_shape
     for number, blocks in enumerate(levels):
         if number:
-            shape = Split(shape[0]).output_shapes(shape)[0]
+            with _at(f"After levels.{number - 1}"):
+                shape, _ = split_shapes(shape)
         level = Sequential(_build_level(blocks, shape, context_channels, f"levels.{number}"))
         shape = level.output_shape(shape)
         bijections.append(level)
@@ -71,10 +74,17 @@ def _build_level(
     for number, block in enumerate(blocks):
         arguments = dict(block)
         kind = arguments.pop("kind")
-        try:
+        with _at(f"In {where}.{number}, a {kind} block"):
             made = BLOCKS[kind](shape, context_channels, **arguments)
             shape = Sequential(made).output_shape(shape)
-        except ValueError as error:
-            raise ValueError(f"In {where}.{number}, a {kind} block: {error}") from None
         bijections += made
     return bijections
+
+
+@contextmanager
+def _at(place: str) -> Iterator[None]:
+    """Within it, the sentence of a ValueError begins with a place."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None

@@ -1,13 +1,13 @@
 """Bijections of a level by the kind of block that a config lists: any of them in any order."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from glowscale.bijections import (
     ActNorm,
     Autoregressive,
     Bijection,
     ChannelMask,
-    CheckerboardMask,
     Coupling,
     FlowStep,
     Inverse,
@@ -23,6 +23,7 @@ from glowscale.bijections.matrices import MATRICES
 from glowscale.bijections.solvers import Solver
 from glowscale.models.parts import (
     CAUSAL_NETWORKS,
+    MASKS,
     NETWORKS,
     Arguments,
     make_network,
@@ -40,12 +41,7 @@ def linear_blocks(
     shape: Shape, context_channels: int, *, depth: int = 1, matrix: str = "lu"
 ) -> list[Bijection]:
     """ActNorm and an invertible 1×1 convolution, each time."""
-    channels = shape[0]
-    return [
-        layer
-        for _ in range(depth)
-        for layer in (ActNorm(channels), Invertible1x1Conv(MATRICES[matrix](channels)))
-    ]
+    return [layer for _ in range(depth) for layer in linear_flows(shape[0], matrix)]
 
 
 def coupling_blocks(
@@ -61,8 +57,8 @@ def coupling_blocks(
     """Couplings; those with a checkerboard keep one colour and the other by turns."""
 
     def make(index: int) -> Bijection:
-        part = ChannelMask() if mask == "channels" else CheckerboardMask(odd=index % 2 == 1)
-        coupling = make_coupling(shape, part, transform, network, context_channels)
+        kept = MASKS[mask](index)
+        coupling = make_coupling(shape, kept, transform, network, context_channels)
         return normalized(coupling, shape[0], matrix)
 
     return [make(index) for index in range(depth)]
@@ -117,6 +113,15 @@ def autoregressive_blocks(
 def continuous_blocks(
     shape: Shape,
     context_channels: int,
+    **arguments: Any,  # noqa: ANN401
+) -> list[Bijection]:
+    """Continuous flows; arguments of `continuous_flows`."""
+    return continuous_flows(shape[0], context_channels, **arguments)
+
+
+def continuous_flows(
+    channels: int,
+    context_channels: int,
     *,
     hidden_channels: Sequence[int],
     depth: int = 1,
@@ -128,10 +133,10 @@ def continuous_blocks(
     trace: Trace = "hutchinson",
     fallback_steps: int = 8,
 ) -> list[Bijection]:
-    """Continuous flows.
+    """Continuous flows of images of any size.
 
     Args:
-        shape: of what reaches them.
+        channels: of what reaches them.
         context_channels: features of the class.
         hidden_channels: widths of the velocities' hidden layers.
         depth: flows in a row.
@@ -147,7 +152,7 @@ def continuous_blocks(
 
     def make() -> Bijection:
         flow = ContinuousFlow(
-            VelocityNetwork(shape[0], hidden_channels, time, context_channels),
+            VelocityNetwork(channels, hidden_channels, time, context_channels),
             Solver(**solver or {}),
             Solver(**evaluation_solver) if evaluation_solver else None,
             gradient,
@@ -157,7 +162,7 @@ def continuous_blocks(
         if matrix is None:
             return flow
         # No FlowStep: the flow's energies are part of the loss, and it keeps only z's gradient.
-        return Sequential([*linear_blocks(shape, 0, matrix=matrix), flow])
+        return Sequential([*linear_flows(channels, matrix), flow])
 
     return [make() for _ in range(depth)]
 
@@ -172,6 +177,11 @@ BLOCKS: dict[str, Callable[..., list[Bijection]]] = {
 }
 """Blocks by kind; each takes the shape (C, H, W) that reaches it, the channels of the context, and
 its own arguments."""
+
+
+def linear_flows(channels: int, matrix: str) -> list[Bijection]:
+    """ActNorm and an invertible 1×1 convolution."""
+    return [ActNorm(channels), Invertible1x1Conv(MATRICES[matrix](channels))]
 
 
 def make_coupling(

@@ -5,7 +5,7 @@ from typing import Any
 
 from glowscale.bijections import Bijection, Sequential, Squeeze
 from glowscale.bijections.continuous import Gradient, Trace
-from glowscale.models.blocks import continuous_blocks
+from glowscale.models.blocks import continuous_flows
 from glowscale.models.multiscale import refuse_odd_sides
 from glowscale.models.solved import SolvedFlow
 from glowscale.networks.velocity import TimeConditioning
@@ -26,14 +26,14 @@ class Ffjord(SolvedFlow):
         unsqueezed_depth: flows before a level's squeeze, `depth` if not given; 0 leaves out those
             that work on the larger image, most of the time of a step.
         matrix, time, solver, evaluation_solver, gradient, trace, fallback_steps: of the flows, see
-            `continuous_blocks`.
+            `continuous_flows`.
         classes: number of classes that the velocities are conditional on.
         class_channels: features of a class; 0 makes the model unconditional.
         common: other arguments of `SolvedFlow`.
 
     Raises:
-        ValueError: where the image's sides cannot be halved so often, or for other activations
-            than `store`.
+        ValueError: where the image's sides cannot be halved so often, for other activations
+            than `store`, or for a dequantizer that hides the images.
 
     >>> model = Ffjord((1, 8, 8), grey_levels=17, levels=2, depth=1, hidden_channels=[16])
     >>> model.latent_shapes
@@ -63,8 +63,8 @@ class Ffjord(SolvedFlow):
         refuse_odd_sides(image_shape, levels, squeezes=levels - 1)
 
         def make_flows(channels: int, number: int) -> list[Bijection]:
-            return continuous_blocks(
-                (channels, 0, 0),
+            return continuous_flows(
+                channels,
                 class_channels if classes else 0,
                 depth=number,
                 hidden_channels=hidden_channels,

@@ -27,7 +27,7 @@ class Glow(MultiscaleFlow):
         hidden_channels: width of the couplings' networks.
         coupling: `affine` or `additive`.
         scale: how an affine coupling bounds its scale, see `Affine`.
-        matrix: parametrization of the 1×1 convolutions, `lu` or `plain`.
+        matrix: parametrization of the 1×1 convolutions, `lu`, `plain` or `qr`.
         classes: number of classes that the couplings and the top prior are conditional on.
         class_channels: features of a class; 0 makes the model unconditional.
         common: other arguments of `MultiscaleFlow`.

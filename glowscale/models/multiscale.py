@@ -25,17 +25,32 @@ class FlowOutput(NamedTuple):
     """Named terms (B,) that training adds to the loss; empty for coupling flows."""
 
 
+def split_shapes(shape: Shape) -> tuple[Shape, Shape]:
+    """What a split keeps of a shape (C, H, W), and its latents' shape; ValueError where C is 1.
+
+    >>> split_shapes((5, 2, 2))
+    ((2, 2, 2), (3, 2, 2))
+    """
+    channels, *sides = shape
+    if channels < 2:
+        raise ValueError(f"A split needs at least 2 channels, not {channels}; squeeze first.")
+    return (channels // 2, *sides), ((channels + 1) // 2, *sides)
+
+
 class Split(nn.Module):
     """Factor the second half of the channels out, under a Gaussian prior given the first half.
 
     Args:
-        channels: channels of x.
+        shape: (C, H, W) of x.
+
+    Raises:
+        ValueError: where there is only one channel.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.kept = channels // 2
-        self.prior = ConditionalGaussian(zero_conv(self.kept, 2 * (channels - self.kept), 3))
+        (self.kept, *_), (rest, *_) = split_shapes(shape)
+        self.prior = ConditionalGaussian(zero_conv(self.kept, 2 * rest, 3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split x (B, C, H, W) into kept channels and whitened latents; also the log-det (B,)."""
@@ -46,11 +61,6 @@ class Split(nn.Module):
     def inverse(self, kept: Tensor, latents: Tensor) -> Tensor:
         """Put the factored-out channels back."""
         return torch.cat([kept, self.prior.inverse(latents, kept)], 1)
-
-    def output_shapes(self, shape: Shape) -> tuple[Shape, Shape]:
-        """Shapes of the kept channels and of the latents."""
-        channels, height, width = shape
-        return (self.kept, height, width), (channels - self.kept, height, width)
 
 
 def refuse_odd_sides(image_shape: tuple[int, int, int], levels: int, squeezes: int) -> None:
@@ -84,7 +94,7 @@ class MultiscaleFlow(nn.Module):
         activations: what a level keeps for the backward pass, see `apply_keeping`.
 
     Raises:
-        ValueError: where a level does not fit the shape that reaches it.
+        ValueError: where a level or a split does not fit the shape that reaches it.
     """
 
     is_solved: ClassVar[bool] = False
@@ -118,9 +128,8 @@ class MultiscaleFlow(nn.Module):
         for index, level in enumerate(self.levels):
             shape = level.output_shape(shape)
             if index < len(self.levels) - 1:
-                split = Split(shape[0])
-                shape, latent_shape = split.output_shapes(shape)
-                self.splits.append(split)
+                self.splits.append(Split(shape))
+                shape, latent_shape = split_shapes(shape)
                 self.latent_shapes.append(latent_shape)
         self.latent_shapes.append(shape)
         self.classes = classes if class_channels else 0

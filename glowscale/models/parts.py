@@ -1,4 +1,4 @@
-"""What blocks are made of, by the kind that a config gives: transforms and networks."""
+"""What blocks are made of, by the kind that a config gives: masks, transforms and networks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,7 +9,10 @@ from glowscale.bijections import (
     Additive,
     Affine,
     CausalNetwork,
+    ChannelMask,
+    CheckerboardMask,
     InverseTransform,
+    Mask,
     MixtureOfLogistics,
     RationalQuadraticSpline,
     Transform,
@@ -25,6 +28,11 @@ from glowscale.networks import (
 Arguments = Mapping[str, Any]
 """Part of a config: its `kind`, and arguments of what that names."""
 
+MASKS: dict[str, Callable[[int], Mask]] = {
+    "channels": lambda _: ChannelMask(),
+    "checkerboard": lambda index: CheckerboardMask(odd=index % 2 == 1),
+}
+"""Masks by name; each takes the index of the coupling in its row."""
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "affine": Affine,
     "additive": Additive,
