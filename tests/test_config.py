@@ -48,6 +48,12 @@ def test_a_saved_config_loads_as_the_same(path: Path) -> None:
         ("model.levels=1.5", "'model.levels' is 1.5; it must be a valid integer"),
         ("train.optimizer.lr=.inf", "'train.optimizer.lr' is inf; it must be a finite number"),
         ("train.optimizer.kind=sgd", "'train.optimizer.kind' is 'sgd'; it must be 'adamax' or"),
+        ("model.family=glw", "'model.family' is 'glw'; it must be one of 'glow', 'ffjord'"),
+        ("model={levels: 2}", "The config key 'model.family' is missing."),
+        (
+            "model.class_dropout=0.1",
+            "The config cannot be: model.class_dropout is 0.1, but with model.class_channels=0",
+        ),
         (
             "model.dequantization.kind=none",
             "'model.dequantization.kind' is 'none'; it must be one of 'uniform', 'variational'",
@@ -107,14 +113,68 @@ def test_overrides_reach_into_lists_and_change_one_place_alone(blocks_path: Path
         ("model.levels.0.1.kind=x", "'model.levels.0.1.kind' is 'x'; it must be one of 'squeeze'"),
         ("model.levels.0.2.depth=2", "needs a place from 0 to 1, not '2'"),
         ("model.levels.first=2", "needs a place from 0 to 1, not 'first'"),
-        ("model.levels=3", "'model.levels' is 3"),
         ("model.level=3", "'model.level': did you mean 'levels'?"),
+        ("model.levels=3", "'model.levels' is 3; it must be a list."),
+        ("model.levels.1=3", "'model.levels.1' is 3; it must be a list."),
+        (
+            "model.levels=[{kind: squeeze}, {kind: linear}]",
+            "The config cannot be: model.levels is a list of levels, each a list of blocks, but "
+            "model.levels.0 is a block: {'kind': 'squeeze'}.",
+        ),
+        ("model.kinetic=0.1", "model.kinetic is 0.1, but no block in model.levels is continuous."),
+        ("model.frobenius=2.0", "model.frobenius is 2.0, but no block in model.levels"),
+        ("model.probe=gaussian", "model.probe is 'gaussian', but no block in model.levels"),
     ],
 )
 def test_mistakes_in_lists_are_named(blocks_path: Path, override: str, sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(blocks_path, [override])
     assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_override_cannot_reach_into_an_empty_list(blocks_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'model\.levels\.0\.0=1' names place '0' of an empty"):
+        load_config(blocks_path, ["model.levels.0=[]", "model.levels.0.0=1"])
+
+
+NOISE = {"kind": "noise", "std": 1.0}
+CONTINUOUS = {"kind": "continuous"}
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (
+            {"family": "multiscale", "levels": [[]], "preprocessing": {"kind": "logit"}},
+            r"model\.dequantization\.kind is 'noise', .* model\.preprocessing\.kind='logit'",
+        ),
+        (
+            {"family": "multiscale", "levels": [[], [CONTINUOUS]]},
+            r"model\.dequantization\.kind is 'noise', .* but continuous flows estimate it",
+        ),
+        (
+            {"family": "ffjord", "levels": 1},
+            r"model\.dequantization\.kind is 'noise', .* but continuous flows estimate it",
+        ),
+    ],
+)
+def test_noise_is_refused_where_samples_cannot_be_freed_of_it(
+    config_dict: dict[str, Any], model: dict[str, Any], sentence: str
+) -> None:
+    parse_config({**config_dict, "model": model})
+    with pytest.raises(ConfigError, match=f"The config cannot be: {sentence}"):
+        parse_config({**config_dict, "model": {**model, "dequantization": NOISE}})
+
+
+def test_what_continuous_blocks_have_may_be_set_where_there_is_one(
+    config_dict: dict[str, Any],
+) -> None:
+    levels = [[{"kind": "squeeze"}], [CONTINUOUS]]
+    energies = {"kinetic": 0.1, "frobenius": 0.2, "probe": "gaussian"}
+    model = {"family": "multiscale", "levels": levels, **energies}
+    found = parse_config({**config_dict, "model": model}).model.model_dump()
+    assert {key: found[key] for key in energies} == energies
 
 
 def test_a_file_that_is_no_config_is_named(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from glowscale.data import ShardSet
 from glowscale.data.writer import pack_split
 from glowscale.dequantization import NoiseAugmentation, UniformDequantizer, VariationalDequantizer
 from glowscale.evaluation import bits_per_dim, evaluate
-from glowscale.models import Glow, MultiscaleFlow
+from glowscale.models import Ffjord, Glow, MultiscaleFlow
 from tests.conftest import UniformFlow, perturb, random_split, tiny_glow
 
 BINARY = (1, 2, 2)
@@ -259,6 +259,21 @@ def test_denoising_gives_the_mean_of_what_a_gaussian_image_may_have_been() -> No
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
         model.dequantizer = UniformDequantizer()
         assert model.denoise(noisy) is noisy
+
+
+def test_a_continuous_flow_refuses_to_denoise_by_estimates() -> None:
+    with pytest.raises(ValueError, match=r"'noise' hides images .* continuous flows estimate"):
+        Ffjord(BINARY, 2, levels=1, depth=1, hidden_channels=[4], dequantizer=NoiseAugmentation(1))
+
+
+def test_a_split_needs_two_channels() -> None:
+    levels = [Sequential([]), Sequential([])]
+    model = MultiscaleFlow((3, 2, 2), 4, levels)
+    assert model.latent_shapes == [(2, 2, 2), (1, 2, 2)]
+    with pytest.raises(
+        ValueError, match="A split needs at least 2 channels, not 1; squeeze first"
+    ):
+        MultiscaleFlow((1, 2, 2), 4, levels)
 
 
 def test_noise_augmentation_is_no_bound_and_says_so(tmp_path: Path) -> None:

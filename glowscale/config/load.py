@@ -132,6 +132,8 @@ def _index(entries: Sequence[Any], text: str, override: str) -> int:
     """The place in a list that part of an override's key names."""
     if text.isdecimal() and int(text) < len(entries):
         return int(text)
+    if not entries:
+        raise ConfigError(f"The override {override!r} names place {text!r} of an empty list.")
     last = len(entries) - 1
     raise ConfigError(f"The override {override!r} needs a place from 0 to {last}, not {text!r}.")
 
@@ -148,15 +150,16 @@ def _sentence(error: ErrorDetails, content: Mapping[str, Any]) -> str:
     if error["type"] == "missing":
         return f"The config key {dotted!r} is missing."
     if error["type"] == "union_tag_invalid":
-        tag, expected = error["ctx"]["tag"], error["ctx"]["expected_tags"]
-        return f"The config key '{dotted}.kind' is {tag!r}; it must be one of {expected}."
+        key, tag, expected = (error["ctx"][x] for x in ("discriminator", "tag", "expected_tags"))
+        return f"The config key '{dotted}.{key[1:-1]}' is {tag!r}; it must be one of {expected}."
     if error["type"] == "union_tag_not_found":
-        return f"The config key '{dotted}.kind' is missing."
+        return f"The config key '{dotted}.{error['ctx']['discriminator'][1:-1]}' is missing."
     if error["type"] in ("model_type", "model_attributes_type"):
         return f"The config key {dotted!r} is {error['input']!r}; it must be a mapping of keys."
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "it must")
-    if not dotted:
-        return f"The config cannot be: {message}."
+    message = message.replace("a valid tuple", "a list")
+    if error["type"] == "value_error" and isinstance(error["input"], Mapping | list):
+        return f"The config cannot be: {message}."  # the message names the keys within
     return f"The config key {dotted!r} is {error['input']!r}; {message}."
 
 

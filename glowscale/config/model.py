@@ -1,13 +1,15 @@
 """The config keys of models: families, blocks, and what they are made of."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from glowscale.config.section import Count, Positive, Section, Weight
 
 Scale = Literal["tanh", "sigmoid", "exponential"]
 Matrix = Literal["lu", "plain", "qr"]
+Mask = Literal["channels", "checkerboard"]
 
 
 class AffinePreprocessing(Section):
@@ -69,6 +71,38 @@ class Family(Section):
     dequantization: Dequantization = Field(
         UniformDequantization(kind="uniform"), description="how pixels become continuous"
     )
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether there are continuous flows in it."""
+        return False
+
+    @model_validator(mode="after")
+    def _classes_are_known(self) -> Self:
+        """Refuse to withhold classes from a model that reads none."""
+        if self.class_dropout and not self.class_channels:
+            raise ValueError(
+                f"model.class_dropout is {self.class_dropout}, but with model.class_channels=0 "
+                "there are no classes to withhold"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_fits(self) -> Self:
+        """Refuse Gaussian noise where no pixel may leave its range, or densities are estimated."""
+        if self.dequantization.kind != "noise":
+            return self
+        if self.preprocessing.kind == "logit":
+            raise ValueError(
+                "model.dequantization.kind is 'noise', which takes pixels out of the range that "
+                "model.preprocessing.kind='logit' is defined on; take 'affine'"
+            )
+        if self.is_continuous:
+            raise ValueError(
+                "model.dequantization.kind is 'noise', of which samples are freed by the exact "
+                "density alone, but continuous flows estimate it; take 'uniform' or 'variational'"
+            )
+        return self
 
 
 class Glow(Family):
@@ -149,6 +183,11 @@ class Ffjord(Velocities, Energies, Family):
     unsqueezed_depth: Annotated[int, Field(ge=0)] | None = Field(
         None, description="flows before a squeeze, on the larger image; depth if not given"
     )
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether there are continuous flows in it."""
+        return True
 
 
 class AffineTransform(Section):
@@ -277,7 +316,7 @@ class CouplingBlock(Mixed):
     """Couplings."""
 
     kind: Literal["coupling"] = Field(description="one part is transformed given the other")
-    mask: Literal["channels", "checkerboard"] = Field(
+    mask: Mask = Field(
         "channels", description="what is kept: half the channels; every other pixel, by turns"
     )
     transform: Transform = Field(description="what is done to each value of the rest")
@@ -332,6 +371,35 @@ class Multiscale(Energies, Family):
         strict=False,
         description="lists of blocks, finest level first; half the channels are split off between",
     )
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether there are continuous flows in it."""
+        return any(isinstance(block, ContinuousBlock) for level in self.levels for block in level)
+
+    @field_validator("levels", mode="before")
+    @classmethod
+    def _levels_are_lists(cls, levels: object) -> object:
+        """Refuse blocks that stand where levels should."""
+        if isinstance(levels, list | tuple):
+            for number, level in enumerate(levels):
+                if isinstance(level, Mapping):
+                    raise ValueError(
+                        f"model.levels is a list of levels, each a list of blocks, but "
+                        f"model.levels.{number} is a block: {level}"
+                    )
+        return levels
+
+    @model_validator(mode="after")
+    def _energies_are_of_something(self) -> Self:
+        """Refuse what is of continuous blocks where there are none."""
+        for name, field in Energies.model_fields.items():
+            value = getattr(self, name)
+            if value != field.default and not self.is_continuous:
+                raise ValueError(
+                    f"model.{name} is {value!r}, but no block in model.levels is continuous"
+                )
+        return self
 
 
 Model = Annotated[Glow | Ffjord | Multiscale, Field(discriminator="family")]

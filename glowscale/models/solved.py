@@ -35,7 +35,8 @@ class SolvedFlow(MultiscaleFlow):
         common: other arguments of `MultiscaleFlow`.
 
     Raises:
-        ValueError: for other activations, or where a level does not fit its shape.
+        ValueError: for other activations, for a dequantizer that hides the images, or where a
+            level does not fit its shape.
     """
 
     is_solved = True
@@ -58,6 +59,12 @@ class SolvedFlow(MultiscaleFlow):
                 f"not {activations!r}."
             )
         super().__init__(image_shape, grey_levels, levels, **common)
+        if self.dequantizer.std:
+            raise ValueError(
+                f"The dequantizer {self.dequantizer.name!r} hides images in noise of which the "
+                f"density's gradient frees samples; continuous flows estimate that density by "
+                f"probes, and samples would depend on them. Take uniform or variational."
+            )
         self.draw_probes = PROBES[probe]
         self.weights = {"kinetic": kinetic, "frobenius": frobenius}
         self.flows: list[ContinuousFlow] = []
