@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from glowscale.config import parse_config
+from glowscale.checkpoint import find_checkpoint, read_checkpoint, save_checkpoint
+from glowscale.config import ConfigError, parse_config
 from glowscale.data.writer import pack_split
 from glowscale.distributed import LaunchError, start_accelerator
 from glowscale.errors import UserError
@@ -64,6 +65,52 @@ def test_a_warm_start_begins_with_the_weights_of_a_run_or_a_published_model(
     nowhere = copy_with(config_dict, tmp_path / "lost", warm_start=str(tmp_path))
     with pytest.raises(UserError, match="is neither a run with a checkpoint, nor"):
         train(nowhere)
+
+
+def rewrite_model_section(run: Path, drop: str = "", **more: object) -> None:
+    """Save the newest checkpoint again as if its config had lacked a key, or had others."""
+    checkpoint = read_checkpoint(find_checkpoint(run))
+    section = checkpoint.state["config"]["model"]
+    section.pop(drop, None)
+    section |= more
+    images, tensors = checkpoint.state["images"], checkpoint.tensors
+    save_checkpoint(run / "checkpoints", images, tensors, checkpoint.state, keep=1)
+
+
+def test_runs_from_before_a_key_existed_are_gone_on_with_and_started_from(
+    config_dict: dict[str, Any], tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    train(copy_with(config_dict, old, images=16))
+    rewrite_model_section(old, drop="class_dropout")
+    ImageModel.from_run(old).save_pretrained(tmp_path / "published")
+    description = tmp_path / "published" / "config.json"
+    content = json.loads(description.read_text())
+    content["arguments"].pop("class_dropout", None)
+    description.write_text(json.dumps(content))
+    for name in ("old", "published"):
+        started = copy_with(config_dict, tmp_path / f"from_{name}", images=16)
+        started["train"]["warm_start"] = str(tmp_path / name)
+        train(started)
+    train(copy_with(config_dict, old, images=32))
+    changed = copy_with(config_dict, old, images=48)
+    changed["model"]["matrix"] = "plain"
+    with pytest.raises(ConfigError, match=r"'model.matrix' was 'lu' when .* and is 'plain' now"):
+        train(changed)
+
+
+def test_runs_that_this_version_does_not_know_are_refused_in_a_sentence(
+    config_dict: dict[str, Any], tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    train(copy_with(config_dict, old, images=16))
+    rewrite_model_section(old, momentum=0.9)
+    with pytest.raises(ConfigError, match=r"began with a config .*'model\.momentum'") as caught:
+        train(copy_with(config_dict, old, images=32))
+    assert "\n" not in str(caught.value)
+    started = copy_with(config_dict, tmp_path / "new", images=16, warm_start=str(old))
+    with pytest.raises(UserError, match=r"the key 'config\.model\.momentum' is 0\.9; Extra"):
+        train(started)
 
 
 def test_tensorboard_shows_curves_settings_and_samples_also_over_a_restart(

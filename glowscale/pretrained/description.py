@@ -1,6 +1,7 @@
 """`config.json` of an exported model: all that rebuilds it, and where it comes from."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
@@ -73,13 +74,8 @@ class Description(Section):
     """SHA-256 of the files beside; filled in when they are written."""
 
     def model_section(self) -> dict[str, Any]:
-        """The `model` section of a config, validated; raises pydantic's ValidationError."""
-        families = {
-            get_args(section.model_fields["family"].annotation)[0]: section
-            for section in sections_of(Config.model_fields["model"].annotation)
-        }
-        content = {**self.arguments, "family": self.family}
-        return families[self.family].model_validate(content).model_dump()
+        """The whole `model` section of a config, as JSON has it; raises ValidationError."""
+        return _complete({**self.arguments, "family": self.family})
 
     def to_json(self) -> bytes:
         """As the content of `config.json`."""
@@ -107,15 +103,29 @@ def read_description(folder: Path) -> Description:
         description = Description.model_validate_json(data)
     except ValidationError as error:
         raise PretrainedError(f"{path}: {_sentence(error)}") from None
-    if description.family not in FAMILIES:
+    complete_section({**description.arguments, "family": description.family}, path, "arguments.")
+    return description
+
+
+def complete_section(section: Mapping[str, Any], path: Path, prefix: str) -> dict[str, Any]:
+    """The `model` section of a config with the defaults of keys that are newer than it.
+
+    Args:
+        section: as it was written to a file, by whichever version.
+        path: the file.
+        prefix: how the file calls the section's keys.
+
+    Raises:
+        PretrainedError: if this version does not know such a model.
+    """
+    if section["family"] not in FAMILIES:
         raise PretrainedError(
-            f"{path}: there is no family {description.family!r}, only {', '.join(FAMILIES)}."
+            f"{path}: there is no family {section['family']!r}, only {', '.join(FAMILIES)}."
         )
     try:
-        description.model_section()
+        return _complete(section)
     except ValidationError as error:
-        raise PretrainedError(f"{path}: {_sentence(error, 'arguments.')}") from None
-    return description
+        raise PretrainedError(f"{path}: {_sentence(error, prefix)}") from None
 
 
 def read_figures(path: Path) -> Figures:
@@ -124,6 +134,15 @@ def read_figures(path: Path) -> Figures:
         return Figures.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise PretrainedError(f"{path}: {_sentence(error)}") from None
+
+
+def _complete(section: Mapping[str, Any]) -> dict[str, Any]:
+    """All keys of a `model` section, as JSON has them; raises pydantic's ValidationError."""
+    families = {
+        get_args(family.model_fields["family"].annotation)[0]: family
+        for family in sections_of(Config.model_fields["model"].annotation)
+    }
+    return families[section["family"]].model_validate(section).model_dump(mode="json")
 
 
 def _sentence(error: ValidationError, prefix: str = "") -> str:

@@ -13,7 +13,14 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save
 
-from glowscale.checkpoint import MANIFEST, load_model, restore_model
+from glowscale.checkpoint import (
+    MANIFEST,
+    STATE,
+    find_checkpoint,
+    load_model,
+    read_checkpoint,
+    restore_model,
+)
 from glowscale.config import differences
 from glowscale.errors import UserError
 from glowscale.files import sha256_of, write_atomically
@@ -27,6 +34,7 @@ from glowscale.pretrained.description import (
     Description,
     Origin,
     PretrainedError,
+    complete_section,
     read_description,
     read_figures,
 )
@@ -61,14 +69,13 @@ class ImageModel(UInt8Flow, ModelHubMixin, library_name="glowscale"):
         """Refuse to be taken for a model of another architecture or of other classes.
 
         Args:
-            section: the `model` section of a config.
+            section: the `model` section of a config, as JSON has it.
             classes: names of the data's classes.
 
         Raises:
             PretrainedError: naming the first key that differs.
         """
-        mine = {**self.description.arguments, "family": self.description.family}
-        changed = differences(mine, section)
+        changed = differences(self.description.model_section(), section)
         if self.flow.classes and classes != self.class_names:
             changed |= {"classes": (self.class_names, classes)}
         for key, (theirs, wanted) in changed.items():
@@ -82,12 +89,15 @@ class ImageModel(UInt8Flow, ModelHubMixin, library_name="glowscale"):
 
         Raises:
             CheckpointError: if there is no whole checkpoint.
-            PretrainedError: if the run's figures are damaged.
+            PretrainedError: if the run's figures are damaged, or this version does not know such a
+                model.
         """
         run = Path(run)
-        flow, checkpoint = load_model(run, weights)
+        checkpoint = read_checkpoint(find_checkpoint(run), ())
         state = checkpoint.state
-        arguments = dict(state["config"]["model"])
+        section = state["config"]["model"]
+        arguments = complete_section(section, checkpoint.path / STATE, "config.model.")
+        flow, _ = load_model(checkpoint.path, weights)
         description = Description(
             format=FORMAT,
             family=arguments.pop("family"),

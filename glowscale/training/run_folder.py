@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from glowscale.checkpoint import Checkpoint, resume_checkpoint, save_checkpoint
-from glowscale.config import Config, ConfigError, differences
+from glowscale.config import Config, ConfigError, differences, parse_config
 from glowscale.data import Manifest
 from glowscale.evaluation import Evaluation
 from glowscale.files import naming, sync, write_atomically
@@ -77,12 +77,14 @@ class RunFolder:
         """The newest checkpoint that verifies, or None where there never was one.
 
         Raises:
-            ConfigError: if it is of a run with another config or other data.
+            ConfigError: if it is of a run with another config, with one that this version does not
+                know any more, or with other data.
             CheckpointError: if there are checkpoints but none verifies.
         """
         checkpoint = resume_checkpoint(self.checkpoints)
         if checkpoint is not None:
-            _refuse_changed_config(checkpoint.state["config"], self.config.model_dump(mode="json"))
+            begun = self._complete(checkpoint.state["config"])
+            _refuse_changed_config(begun, self.config.model_dump(mode="json"))
             self._refuse_other_data(checkpoint.state["fingerprint"])
         return checkpoint
 
@@ -144,6 +146,17 @@ class RunFolder:
                 if at < images or (at == images and not again):
                     kept.append(line)
         write_atomically(self.metrics, "".join(kept).encode())
+
+    def _complete(self, begun: dict[str, Any]) -> dict[str, Any]:
+        """The config that the run began with, and the defaults of keys that are newer than it."""
+        try:
+            return parse_config(begun).model_dump(mode="json")
+        except ConfigError as error:
+            first = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"The run in {self.path} began with a config that this version does not know: "
+                f"{first} Go on with the version that began it, or choose another run.dir."
+            ) from None
 
     def _refuse_other_data(self, fingerprint: str) -> None:
         if fingerprint != self.manifest.fingerprint:
