@@ -1,4 +1,4 @@
-"""What a model's latents hold, as rows of images to look at."""
+"""What a model's latents hold, as rows of images to look at, denoised as samples are."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ def interpolate(
     columns = []
     for part in torch.linspace(0, 1, steps).tolist():
         between = [_along_circle(a, b, part) for a, b in zip(first, last, strict=True)]
-        columns.append(model.quantize(model.decode(between, labels)).cpu())
+        columns.append(_images(model, between, labels))
     return torch.stack(columns, 1).flatten(0, 1)
 
 
@@ -58,7 +58,7 @@ def resample_levels(
     latents, _ = model.encode(_centred(images, model), labels)
     drawn = model.draw_latents(seed, range(len(images)), temperature)
     columns = [
-        model.quantize(model.decode([*drawn[:anew], *latents[anew:]], labels)).cpu()
+        _images(model, [*drawn[:anew], *latents[anew:]], labels)
         for anew in range(len(latents) + 1)
     ]
     return torch.stack(columns, 1).flatten(0, 1)
@@ -80,7 +80,8 @@ def sweep_temperatures(
         Images, uint8 (temperatures · count, C, H, W), row by row.
     """
     rows = [
-        draw_continuous(model, seed, range(count), temperature)[0] for temperature in temperatures
+        model.denoise(*draw_continuous(model, seed, range(count), temperature))
+        for temperature in temperatures
     ]
     return torch.cat([model.quantize(row.nan_to_num()).cpu() for row in rows])
 
@@ -88,6 +89,11 @@ def sweep_temperatures(
 def _centred(images: Tensor, model: MultiscaleFlow) -> Tensor:
     """Pixels as continuous images in the middle of their grey levels."""
     return images.to(model.device, model.dtype) + 0.5
+
+
+def _images(model: MultiscaleFlow, latents: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Images uint8 of latents, on the CPU."""
+    return model.quantize(model.denoise(model.decode(latents, labels), labels)).cpu()
 
 
 def _along_circle(a: Tensor, b: Tensor, part: float) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import yaml
 from PIL import Image
 
+from glowscale.dequantization import NoiseAugmentation
 from glowscale.looking import interpolate, resample_levels, sweep_temperatures
 from glowscale.models import MultiscaleFlow
 from glowscale.sampling import sample_images
@@ -60,6 +61,20 @@ def test_temperatures_are_the_same_latents_at_other_scales(model: MultiscaleFlow
     images = sweep_temperatures(model, (0.0, 0.7), seed=1, count=4).view(2, 4, 1, 8, 8)
     assert bool((images[0] == images[0, :1]).all())
     assert torch.equal(images[1], sample_images(model, 1, range(4), 0.7))
+
+
+def test_pictures_of_a_model_of_noisy_images_are_denoised(model: MultiscaleFlow) -> None:
+    model.dequantizer = NoiseAugmentation(std=1.5)
+    images = torch.randint(0, 16, (4, 1, 8, 8), dtype=torch.uint8)
+    labels = torch.full((4,), -1)
+    drawn = sample_images(model, 3, range(4))
+    columns = resample_levels(model, images, labels, seed=3).view(4, 4, 1, 8, 8)
+    assert torch.equal(columns[:, -1], drawn)
+    assert torch.equal(sweep_temperatures(model, (1.0,), seed=3, count=4), drawn)
+    rows = interpolate(model, (images, images), labels, steps=2).view(4, 2, 1, 8, 8)
+    denoised = model.quantize(model.denoise(images + 0.5, labels))
+    assert torch.equal(rows[:, 0], denoised)
+    assert not torch.equal(denoised, images)
 
 
 def test_the_job_draws_three_grids(
