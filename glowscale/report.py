@@ -75,7 +75,8 @@ def _summary(run: Path, metrics: Sequence[Mapping[str, Any]]) -> str:
     if final := _content(run / "evaluation.json"):
         error = final.get("standard_error")
         told += f" {final['bits_per_dim']:.4f}" + (f" ± {error:.4f}" if error else "")
-        told += f" bits/dim on {final['images']:,} held-out images."
+        told += f" bits/dim on {final['images']:,} held-out images"
+        told += "." if final.get("is_bound", True) else ", noisy ones: no bound on the pixels'."
     return told
 
 
@@ -91,7 +92,7 @@ def _evaluations(run: Path) -> str:
             name,
             _figure(result["bits_per_dim"], result["standard_error"]),
             f"{result['images']:,}",
-            result["dequantization"],
+            result["dequantization"] + ("" if result.get("is_bound", True) else " (no bound)"),
             str(result["importance_samples"]),
             result["fingerprint"][:8],
             _figure(result["round_trip_error"]),

@@ -34,6 +34,7 @@ from glowscale.evaluation import (
     evaluate,
     refuse_untrusted,
 )
+from glowscale.evaluation.evaluate import refuse_idle_samples
 from glowscale.files import join
 from glowscale.jobs import job, positive, report, run, say
 from glowscale.models import MultiscaleFlow
@@ -58,6 +59,7 @@ def main() -> None:
         shards = ShardSet(arguments.data or join(config.data.dir, config.data.held_out_split))
         check_fits(model, shards)  # before a folder is claimed
         settings = settings_of(arguments, config)
+        refuse_idle_samples(model.dequantizer.is_bound, settings["importance_samples"])
         records = open_records(arguments, checkpoint, shards, settings)
         if accelerator.is_main_process:
             refuse_standstill(records.folder, records.blocks, "blocks")

@@ -15,8 +15,10 @@ from glowscale.checkpoint import images_reached
 from glowscale.config import Config, ConfigError, describe, load_config
 from glowscale.data import DataError, Manifest, load_manifest, make_shards, open_source
 from glowscale.data.manifest import MANIFEST
+from glowscale.dequantization import NoiseAugmentation
 from glowscale.distributed import failing_together, leave, start_accelerator
 from glowscale.evaluation import histogram_bits_per_dim
+from glowscale.evaluation.evaluate import refuse_idle_samples
 from glowscale.files import join
 from glowscale.jobs import job, report, run, say
 from glowscale.restarts import refuse_standstill, restarts
@@ -30,6 +32,8 @@ def main() -> None:
     arguments = parse_arguments()
     with job():
         config = load_config(arguments.config, arguments.overrides)
+        is_bound = config.model.dequantization.kind != NoiseAugmentation.name
+        refuse_idle_samples(is_bound, config.evaluate.importance_samples)
         if arguments.dry_run:
             facts = plan_run(config)
             say(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -49,7 +53,7 @@ def main() -> None:
         trainer = Trainer(config, accelerator)
         evaluation = trainer.train()
         if accelerator.is_main_process:
-            histogram = histogram_of(trainer)
+            histogram = histogram_of(trainer) if is_bound else None
             say(f"held out: {evaluation}")
             if histogram is not None:
                 say(f"a per-pixel histogram of the same images: {histogram:.4f} bits/dim")

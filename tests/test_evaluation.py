@@ -17,7 +17,12 @@ from glowscale.config import parse_config
 from glowscale.data import Batch, DataError, ShardSet
 from glowscale.data.sources import Sample, Split
 from glowscale.data.writer import pack_split
-from glowscale.dequantization import UniformDequantizer, VariationalDequantizer
+from glowscale.dequantization import (
+    NoiseAugmentation,
+    UniformDequantizer,
+    VariationalDequantizer,
+)
+from glowscale.errors import UserError
 from glowscale.evaluation import bits_per_dim, evaluate, histogram_bits_per_dim, score_block
 from glowscale.models import MultiscaleFlow
 from glowscale.training import Trainer
@@ -85,6 +90,39 @@ def test_importance_sampling_averages_the_weights_of_independent_noise(
     assert len({float(noise.sum()) for noise in noises}) == 5
     expected = weights.exp().mean(0).log()
     torch.testing.assert_close(bound, expected, rtol=0, atol=1e-4)
+
+
+def test_importance_samples_of_noise_are_refused(
+    model: MultiscaleFlow, held_out: ShardSet
+) -> None:
+    model.dequantizer = NoiseAugmentation(std=2.0)
+    assert not evaluate(model, held_out, seed=0).is_bound
+    with pytest.raises(UserError, match=r"importance_samples is 2, .* no bound to tighten"):
+        evaluate(model, held_out, seed=0, importance_samples=2)
+
+
+def test_the_figure_of_noisy_images_stands_alone(
+    config_dict: dict[str, Any], tmp_path: Path, near_job: Runner
+) -> None:
+    config_dict["train"]["images"] = 16
+    config_dict["model"]["dequantization"] = {"kind": "noise", "std": 1.5}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config_dict))
+    several = "evaluate.importance_samples=2"
+    refused = near_job("train.py", tmp_path / "c.yaml", several, check=False)
+    assert "importance_samples is 2, but" in refused.stderr
+    assert not (tmp_path / "run").exists()
+    trained = near_job("train.py", tmp_path / "c.yaml", "--json")
+    assert "histogram" not in trained.stderr
+    assert last_json(trained)["histogram_bits_per_dim"] is None
+    run = tmp_path / "run"
+    refused = near_job("evaluate.py", run, "--importance-samples", 2, check=False)
+    assert (refused.returncode, refused.stderr.count("importance_samples is 2, but")) == (1, 1)
+    assert not (run / "evaluations").exists()
+    uniform = ("--dequantization", "uniform", "--importance-samples", 2, "--json")
+    assert last_json(near_job("evaluate.py", run, *uniform))["is_bound"]
+    page = (run / "report.html").read_text()
+    assert "37 held-out images, noisy ones: no bound on the pixels&#x27;." in page
+    assert page.count("<td>noise (no bound)</td>") == page.count("<td>uniform</td>") == 1
 
 
 def test_data_of_another_kind_are_refused(held_out: ShardSet) -> None:

@@ -33,7 +33,14 @@ from glowscale.errors import UserError
 from glowscale.evaluation import score_block
 from glowscale.files import sha256_of
 from glowscale.models import build_model
-from glowscale.pretrained.description import FORMAT, Description, Origin, read_description
+from glowscale.pretrained import UInt8Flow
+from glowscale.pretrained.description import (
+    FORMAT,
+    Description,
+    Figures,
+    Origin,
+    read_description,
+)
 from glowscale.sampling import BLOCK, sample_blocks
 from glowscale.training import Trainer
 from tests.conftest import ROOT, Runner, job_environment, last_json, perturb
@@ -420,7 +427,7 @@ def test_the_card_tells_what_the_model_is_and_its_example_works(
     parameters = sum(p.numel() for p in model.flow.parameters())
     for fact in (
         f"{parameters:,} parameters",
-        "`levels=2`",
+        "\n  levels: 2\n",
         "16 grey levels",
         "classes `a`, `b`, `c`",
         f"{figures.bits_per_dim:.4f} ± {figures.standard_error:.4f}",
@@ -451,6 +458,86 @@ def test_the_card_of_a_model_without_classes_and_figures(
     scope: dict[str, Any] = {}
     exec(example[1], scope)
     assert torch.equal(scope["again"], scope["images"])
+
+
+AFFINE = {
+    "kind": "coupling",
+    "transform": {"kind": "affine"},
+    "network": {"kind": "convolutional", "hidden_channels": 4},
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "ffjord": {"levels": 1, "depth": 1, "hidden_channels": (4,), "solver": {"method": "rk4"}},
+    "multiscale": {
+        "levels": [[{"kind": "squeeze"}, AFFINE], [AFFINE]],
+        "dequantization": {"kind": "noise", "std": 0.7},
+    },
+}
+
+
+def model_of(family: str, is_bound: bool = True) -> ImageModel:
+    """An untrained model with figures, its `model` section as a user writes it."""
+    written = {"family": family, "arguments": FAMILIES[family]}
+    description = tiny_model().description.model_copy(update=written)
+    flow = build_model(description.model_section(), (1, 8, 8), 16, len(CLASSES))
+    perturb(flow, 0.1)
+    figures = Figures(
+        trained_images=0,
+        bits_per_dim=3.25,
+        standard_error=0.125,
+        images=37,
+        importance_samples=1,
+        dequantization=flow.dequantizer.name,
+        seed=0,
+        fingerprint="f" * 64,
+        is_bound=is_bound,
+    )
+    return ImageModel(flow.eval(), description.model_copy(update={"figures": figures}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_card_holds_a_section_from_which_the_same_model_can_be(
+    family: str, tmp_path: Path
+) -> None:
+    model = model_of(family)
+    card = str(model.generate_model_card())
+    block = re.search(r"```yaml\n(.*?)```", card, re.DOTALL)
+    assert block
+    assert "{'" not in card
+    section = yaml.safe_load(block[1])["model"]
+    assert section == model.description.model_section()
+    again = build_model(section, (1, 8, 8), 16, len(CLASSES))
+    again.load_state_dict(model.flow.state_dict())
+    model.save_pretrained(tmp_path / "model")
+    images = images_and_labels(model)[0]
+    expected = model.log_prob(images)
+    for other in (load(tmp_path / "model"), UInt8Flow(again, CLASSES)):
+        torch.testing.assert_close(other.log_prob(images), expected)
+    load(tmp_path / "model").refuse_other_architecture(section, CLASSES)
+    for key in ("levels", "class_dropout"):
+        with pytest.raises(UserError, match=rf"of a model with {key} .*, not 0\.75"):
+            model.refuse_other_architecture({**section, key: 0.75}, CLASSES)
+
+
+def test_the_card_says_which_figures_bound_nothing() -> None:
+    for is_bound in (True, False):
+        card = str(model_of("multiscale", is_bound).generate_model_card())
+        assert "3.2500 ± 0.1250" in card
+        assert ("of noisy images: no bound on the pixels'" in card) is not is_bound
+
+
+def test_importance_samples_of_noise_are_refused() -> None:
+    noisy, images = model_of("multiscale"), images_and_labels(tiny_model())[0]
+    assert noisy.log_prob(images).isfinite().all()
+    for score in (noisy.log_prob, noisy.bits_per_dim):
+        with pytest.raises(UserError, match=r"importance_samples is 2, .* it must be 1"):
+            score(images, importance_samples=2)
+
+
+def test_decoding_is_exact_and_sampling_denoises() -> None:
+    noisy, images = model_of("multiscale"), images_and_labels(tiny_model())[0]
+    assert torch.equal(noisy.decode(noisy.encode(images)), images)
+    drawn = noisy.decode(noisy.flow.draw_latents(0, range(20)))
+    assert not torch.equal(noisy.sample(20), drawn)
 
 
 class Hub(BaseHTTPRequestHandler):

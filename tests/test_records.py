@@ -18,7 +18,7 @@ import yaml
 from glowscale.data import ShardSet
 from glowscale.data.sources import Sample, Split
 from glowscale.data.writer import pack_split
-from glowscale.dequantization import VariationalDequantizer
+from glowscale.dequantization import NoiseAugmentation, VariationalDequantizer
 from glowscale.evaluation import (
     ComparisonError,
     Records,
@@ -162,6 +162,29 @@ def test_differences_are_paired_and_other_data_refused(
         compare(one, keep("first", held_out, images=20))
     with pytest.raises(ComparisonError, match="no finished evaluation"):
         compare(one, tmp_path)
+
+
+def test_figures_of_which_one_bounds_nothing_are_not_compared(
+    model: MultiscaleFlow, held_out: ShardSet, tmp_path: Path
+) -> None:
+    def keep(name: str) -> Path:
+        evaluate(model, held_out, seed=0, records=Records(tmp_path / name, {"weights": "ema"}))
+        return tmp_path / name
+
+    bound = keep("bound")
+    model.dequantizer = NoiseAugmentation(std=2.0)
+    noisy, again = keep("noisy"), keep("again")
+    sentence = f"{noisy} scores images with noise added, which bounds nothing"
+    for pair in ((bound, noisy), (noisy, bound)):
+        with pytest.raises(ComparisonError, match=sentence):
+            compare(*pair)
+    assert compare(noisy, again).difference == 0
+    older = json.loads((bound / "result.json").read_bytes())
+    del older["is_bound"]
+    (bound / "result.json").write_text(json.dumps(older))
+    assert compare(bound, bound).difference == 0
+    with pytest.raises(ComparisonError, match="cannot be compared"):
+        compare(bound, noisy)
 
 
 def test_codecs_need_what_noise_holds_and_little_for_flat_images(tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ def compare(one: Path, other: Path) -> Difference:
     """Compare the evaluations that two folders hold.
 
     Raises:
-        ComparisonError: where a folder holds no finished evaluation, or they are on other images.
+        ComparisonError: where a folder holds no finished evaluation, they are on other images, or
+            only one of them bounds the pixels' bits/dim.
     """
     folders = (one, other)
     results = [_read_result(folder) for folder in folders]
@@ -63,6 +64,12 @@ def compare(one: Path, other: Path) -> Difference:
                 f"{one} and {other} are not on the same images: their {what} is {values[0]} and "
                 f"{values[1]}."
             )
+    bounds = [result.get("is_bound", True) for result in results]
+    if bounds[0] != bounds[1]:
+        raise ComparisonError(
+            f"{folders[bounds.index(False)]} scores images with noise added, which bounds nothing "
+            f"on the pixels that {folders[bounds.index(True)]} scores; they cannot be compared."
+        )
     scores = [_read_scores(folder) for folder in folders]
     differences = [a - b for a, b in zip(*scores, strict=True)]
     count = len(differences)

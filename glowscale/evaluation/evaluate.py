@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from glowscale.data import DataError, ShardSet
 from glowscale.distributed import failing_together, sum_over_ranks
+from glowscale.errors import UserError
 from glowscale.evaluation.bits import bits_per_dim
 from glowscale.evaluation.fit import check_fits
 from glowscale.evaluation.records import Records
@@ -58,8 +59,10 @@ def evaluate(
         Stopped: on all processes, if one of them was asked to stop before it was through.
         DataError: if the model is for images of another shape or number of grey levels, or if
             not every image was scored exactly once.
+        UserError: if K is above 1 where there is no bound, see `refuse_idle_samples`.
     """
     check_fits(model, shards)
+    refuse_idle_samples(model.dequantizer.is_bound, importance_samples)
     available = shards.manifest.samples
     count = available if images is None else min(images, available)
     blocks = [range(i, min(i + batch, count)) for i in range(0, count, batch)]
@@ -95,6 +98,23 @@ def evaluate(
         if rank == 0 and records:
             records.finish(scores, list(shards.manifest.classes), result, more())
     return result
+
+
+def refuse_idle_samples(is_bound: bool, importance_samples: int) -> None:
+    """Refuse several importance samples where there is no bound for them to tighten.
+
+    Args:
+        is_bound: of the model's dequantizer.
+        importance_samples: K.
+
+    Raises:
+        UserError: if K is above 1 all the same.
+    """
+    if importance_samples > 1 and not is_bound:
+        raise UserError(
+            f"importance_samples is {importance_samples}, but the model is of images with noise "
+            f"added (dequantization: noise), where there is no bound to tighten; it must be 1."
+        )
 
 
 def _fill(table: Tensor, blocks: Sequence[range], score: Callable[[range], Scores | None]) -> int:

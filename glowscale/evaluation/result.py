@@ -11,7 +11,8 @@ class Evaluation:
     """Held-out bits/dim, with everything that it depends on."""
 
     bits_per_dim: float
-    """Mean over the images; an upper bound in expectation where dequantization is variational."""
+    """Mean over the images; an upper bound in expectation where dequantization is variational, and
+    none where `is_bound` is false."""
     per_class: dict[str, float]
     """Mean of each class's images, by its name; empty where images have no labels."""
     standard_error: float | None

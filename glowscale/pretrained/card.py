@@ -23,6 +23,7 @@ def model_card(
         _front_matter(description, conditional),
         f"# A {description.family} flow for images of {_size(description)}",
         _what(description, parameters, conditional),
+        f"```yaml\n{_section(description)}```",
         f"![Images drawn by the model]({PICTURE})" if picture else "",
         f"## Use\n\n{_example(description, conditional)}",
         f"## Data\n\n{_data(description)}",
@@ -41,18 +42,20 @@ def _front_matter(description: Description, conditional: bool) -> str:
 
 
 def _what(description: Description, parameters: int, conditional: bool) -> str:
-    arguments = ", ".join(
-        f"`{key}={value['kind'] if isinstance(value, dict) else value}`"
-        for key, value in description.arguments.items()
-    )
     kind = ", conditional on classes," if conditional else ""
     origin = description.origin
     weights = "averaged weights" if origin.weights == "ema" else "weights"
     return (
         f"A normalizing flow on images: a {description.family}{kind} with {parameters:,} "
-        f"parameters ({arguments}), {description.dtype}. These are the {weights} after "
-        f"{origin.images:,} training images, from the checkpoint `{origin.checkpoint[:12]}`."
+        f"parameters, {description.dtype}. These are the {weights} after {origin.images:,} "
+        f"training images, from the checkpoint `{origin.checkpoint[:12]}`. As a config has it:"
     )
+
+
+def _section(description: Description) -> str:
+    """The `model` section of a config, innermost mappings in a line each."""
+    section = {"family": description.family} | description.model_section()
+    return yaml.safe_dump({"model": section}, sort_keys=False, default_flow_style=None, width=96)
 
 
 def _example(description: Description, conditional: bool) -> str:
@@ -87,8 +90,9 @@ def _data(description: Description) -> str:
 def _table(figures: Figures) -> str:
     error = figures.standard_error
     bits = "not finite" if figures.bits_per_dim is None else f"{figures.bits_per_dim:.4f}"
+    bounds = "" if figures.is_bound else " of noisy images: no bound on the pixels'"
     rows = {
-        "bits/dim, ± standard error over the images": bits
+        f"bits/dim{bounds}, ± standard error over the images": bits
         if error is None
         else f"{bits} ± {error:.4f}",
         "held-out images": f"{figures.images:,}",

@@ -51,6 +51,8 @@ class Figures(Section):
     dequantization: str
     seed: int
     fingerprint: str
+    is_bound: bool = True
+    """Whether `bits_per_dim` bounds the pixels'."""
 
 
 class Description(Section):

@@ -9,6 +9,7 @@ from torch import Tensor
 from glowscale.data import Batch
 from glowscale.errors import UserError
 from glowscale.evaluation import bits_per_dim, score_block
+from glowscale.evaluation.evaluate import refuse_idle_samples
 from glowscale.models import MultiscaleFlow
 from glowscale.sampling import BLOCK, sample_blocks
 
@@ -63,6 +64,9 @@ class UInt8Flow:
     ) -> Tensor:
         """Log-likelihood of each image in nats, float64 (B,), a bound as in evaluation.
 
+        Of a model with `dequantization: noise` it is the log-density of the image with noise
+        added, which bounds nothing on the image itself.
+
         Args:
             images: what is scored.
             labels: their classes.
@@ -70,10 +74,12 @@ class UInt8Flow:
             importance_samples: K of the importance-weighted bound log 1/K Σ p(v)/q(v|x).
 
         Raises:
-            UserError: if images or labels are not the model's, or K is below 1.
+            UserError: if images or labels are not the model's, or K is below 1, or above 1 where
+                there is no bound.
         """
         if importance_samples < 1:
             raise UserError(f"importance_samples is {importance_samples}; it must be at least 1.")
+        refuse_idle_samples(self.flow.dequantizer.is_bound, importance_samples)
         labels = self._check(images, labels)
         ids = torch.arange(len(images))
         block = Batch(images, labels, ids, torch.zeros_like(ids))
@@ -103,7 +109,9 @@ class UInt8Flow:
 
     @torch.no_grad()
     def decode(self, latents: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
-        """Images uint8 (B, C, H, W) of latents, the inverse of `encode`.
+        """Images uint8 (B, C, H, W) of latents, the exact inverse of `encode`.
+
+        So images of a model with `dequantization: noise` are not denoised here, as samples are.
 
         Raises:
             UserError: if latents or labels are not the model's, or an image is not finite.
