@@ -10,6 +10,7 @@ import torch
 import yaml
 from webdataset import WebDataset
 
+from glowscale import load
 from glowscale.bijections import Guidance, guiding
 from glowscale.checkpoint import load_model
 from glowscale.data.images import decode_png
@@ -120,6 +121,8 @@ def test_samples_in_parallel_passes_are_the_sequential_ones_and_guidance_moves_t
     assert difference.max() <= 1
     guided = sample("guided", "--guidance", 2.0)
     assert (np.abs(guided - plain) > 0).mean() > 0.01
+    facade = load(guided_run).sample(20, guidance=Guidance(2.0)).numpy().astype(int)
+    assert (facade == guided).all()
     both = sample("both", "--guidance", 2.0, "--jacobi", 1e-6)
     assert (np.abs(both - guided) > 0).mean() < 0.01
     assert (sample("idle", "--guidance", 0.0) == plain).all()

@@ -6,12 +6,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from glowscale.bijections import Guidance, Jacobi
 from glowscale.data import Batch
 from glowscale.errors import UserError
 from glowscale.evaluation import bits_per_dim, score_block
 from glowscale.evaluation.evaluate import refuse_idle_samples
 from glowscale.models import MultiscaleFlow
-from glowscale.sampling import BLOCK, sample_blocks
+from glowscale.sampling import BLOCK, inverting, sample_blocks
 
 
 class UInt8Flow:
@@ -129,7 +130,13 @@ class UInt8Flow:
         return self.flow.quantize(images)
 
     def sample(
-        self, count: int, seed: int = 0, temperature: float = 1.0, label: int | str | None = None
+        self,
+        count: int,
+        seed: int = 0,
+        temperature: float = 1.0,
+        label: int | str | None = None,
+        guidance: Guidance | None = None,
+        solver: Jacobi | None = None,
     ) -> Tensor:
         """Draw images, uint8 (count, C, H, W) on the CPU; pipelines/sample.py draws the same.
 
@@ -138,14 +145,18 @@ class UInt8Flow:
             seed: with an image's index, it determines the image.
             temperature: scale of the latents.
             label: class of all images, by number or name; if not given, classes take turns.
+            guidance: how far autoregressive flows are led away from what they say of no class.
+            solver: of autoregressive flows in parallel passes; in steps if not given.
 
         Raises:
-            UserError: if the model has no such class, or an image is not finite.
+            UserError: if the model has no such class, cannot be guided or solved so, or an image
+                is not finite.
         """
         if count < 1:
             raise UserError(f"The count of samples is {count}; it must be at least 1.")
         number = self._class_number(label)
-        return sample_blocks(self.flow, seed, range(count), temperature, BLOCK, number)
+        with inverting(self.flow, guidance, solver):
+            return sample_blocks(self.flow, seed, range(count), temperature, BLOCK, number)
 
     def _check(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """Refuse images and labels that are not the model's; the labels (B,) as the flow's."""
