@@ -94,3 +94,11 @@ def linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A linear layer that starts at zero."""
+    layer = nn.Linear(in_features, out_features)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

@@ -6,7 +6,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from glowscale.networks.attention import KeyValues, linear
+from glowscale.networks.attention import KeyValues, linear, zero_linear
 from glowscale.networks.positions import positions_2d
 from glowscale.networks.transformer import TransformerBlock
 from glowscale.pixels import image_of
@@ -50,9 +50,7 @@ class CausalTransformer(nn.Module):
             nn.ModuleList(TransformerBlock(hidden_channels, heads) for _ in range(blocks)),
         )
         self.norm = nn.LayerNorm(hidden_channels)
-        self.output = nn.Linear(hidden_channels, out_channels)
-        for parameter in self.output.parameters():
-            nn.init.zeros_(parameter)
+        self.output = zero_linear(hidden_channels, out_channels)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, temperature: float = 1.0

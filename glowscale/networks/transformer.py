@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from glowscale.networks.attention import KeyValues, SelfAttention, linear
+from glowscale.networks.attention import KeyValues, SelfAttention, linear, zero_linear
 from glowscale.networks.positions import positions_2d
 from glowscale.pixels import image_of
 
@@ -79,9 +79,7 @@ class VisionTransformer(nn.Module):
             *(TransformerBlock(hidden_channels, heads) for _ in range(blocks))
         )
         self.norm = nn.LayerNorm(hidden_channels)
-        self.output = nn.Linear(hidden_channels, out_channels)
-        for parameter in self.output.parameters():
-            nn.init.zeros_(parameter)
+        self.output = zero_linear(hidden_channels, out_channels)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Map x (B, in_channels, H, W) and context (B, context_channels, H or 1, W or 1)."""
