@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,12 +12,17 @@ from torch import Tensor, nn
 from glowscale.bijections import (
     Additive,
     Affine,
+    Autoregressive,
     Bijection,
+    CheckerboardMask,
     Coupling,
     FlowStep,
+    Inverse,
     LUMatrix,
+    MixtureOfLogistics,
     PlainMatrix,
     QRMatrix,
+    RationalQuadraticSpline,
     RecursiveCoupling,
     Sequential,
     Squeeze,
@@ -27,7 +33,13 @@ from glowscale.config import parse_config
 from glowscale.dequantization import VariationalDequantizer
 from glowscale.distributed import start_accelerator
 from glowscale.models import MultiscaleFlow, build_model
-from glowscale.networks import ConvolutionalNetwork
+from glowscale.networks import (
+    CausalTransformer,
+    ConvolutionalNetwork,
+    GatedAttentionNetwork,
+    MaskedConvolutionalNetwork,
+    VisionTransformer,
+)
 from glowscale.networks.convolution import (
     _by_convolutions,
     _unfolding_gradient,
@@ -88,6 +100,36 @@ class Doubled(nn.Module):
         return 2 * self.network(x, context)
 
 
+def mixture(channels: int, context: int) -> Coupling:
+    network = GatedAttentionNetwork(channels // 2, 4 * channels, 8, 1, 2, context)
+    return Coupling(network, MixtureOfLogistics(2))
+
+
+def spline(channels: int, context: int) -> Coupling:
+    transform = RationalQuadraticSpline(3, 3.0)
+    widths = (channels // 2, channels // 2 * transform.parameters_per_value)
+    return Coupling(VisionTransformer(*widths, 8, 1, 2, context), transform)
+
+
+def checkerboard(channels: int, context: int) -> Coupling:
+    network = ConvolutionalNetwork(channels, 2 * channels, 8, context)
+    return Coupling(network, Affine(), CheckerboardMask())
+
+
+def masked(channels: int, context: int) -> Autoregressive:
+    network = MaskedConvolutionalNetwork(channels, 2 * channels, 8, 1, context)
+    return Autoregressive(network, Affine())
+
+
+def causal(channels: int, context: int) -> Autoregressive:
+    network = CausalTransformer(channels, 2 * channels, 8, 1, 2, context)
+    return Autoregressive(network, Affine(), backwards=True)
+
+
+def inverse(channels: int, context: int) -> Inverse:
+    return Inverse(masked(channels, context))
+
+
 def chain(coupling: Callable[[int, int], Any], matrix: str, context: int) -> Sequential:
     steps = [FlowStep(8, coupling(8, context), matrix) for _ in range(3)]
     made = Sequential([Squeeze(), *steps]).double()
@@ -125,13 +167,19 @@ def gradients(
         (additive, "lu"),
         (recursive, "lu"),
         (with_any_network, "lu"),
+        (mixture, "lu"),
+        (spline, "lu"),
+        (checkerboard, "lu"),
+        (masked, "lu"),
+        (causal, "lu"),
+        (inverse, "lu"),
     ],
 )
 def test_gradients_are_those_of_plain_autograd(
     coupling: Callable[[int, int], Any], matrix: str, context_channels: int, way: Activations
 ) -> None:
     module = chain(coupling, matrix, context_channels)
-    x = torch.randn(3, 2, 4, 6, dtype=torch.float64)
+    x = torch.randn(3, 2, 4, 8, dtype=torch.float64)
     context = torch.randn(3, 3, 1, 1, dtype=torch.float64) if context_channels else None
     squeeze, *steps = module.bijections
     plain = Sequential([squeeze, *(Plain(step) for step in steps)])  # type: ignore[arg-type]
@@ -145,6 +193,30 @@ def test_gradients_are_those_of_plain_autograd(
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        *product([mixture, spline, checkerboard], ["recompute", "invert"]),
+        *product([masked, causal], ["recompute"]),  # in bf16 their steps round otherwise
+    ],
+)
+def test_networks_that_ran_in_bf16_run_in_bf16_again(
+    kind: Callable[[int, int], Any], way: Activations
+) -> None:
+    module, x = chain(kind, "lu", 0).float(), torch.randn(3, 2, 4, 8)
+
+    def found(way: Activations, bf16: bool = True) -> Tensor:
+        def apply(x: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                return apply_keeping(way, module, x)
+
+        return torch.cat([x.flatten() for x in gradients(apply, module, x, None).values()])
+
+    expected = found("store")
+    assert (found(way) - expected).norm() < 1e-5 * expected.norm()
+    assert (found(way, bf16=False) - expected).norm() > 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize(("inside", "outside"), [(3, 8), (8, 3), (5, 5)])

@@ -256,8 +256,9 @@ def test_guidance_of_weight_zero_is_none(make: Callable[..., CausalNetwork]) -> 
     x = flow.inverse(z, context)
     with guiding(flow, Guidance(0.0)):
         assert torch.equal(flow.inverse(z, context), x)
-        assert torch.equal(flow(x, context)[0], flow(x, context)[0])
+    encoded = flow(x, context)[0]
     with guiding(flow, Guidance(1.0)):
+        assert torch.equal(flow(x, context)[0], encoded)  # guided is the inverse alone
         assert not torch.allclose(flow.inverse(z, context), x)
     assert torch.equal(flow.inverse(z, context), x)
 
@@ -278,6 +279,9 @@ def test_what_cannot_be_guided_is_refused() -> None:
         attentive.inverse(z)
     with pytest.raises(ValueError, match="above 0, not 0"):
         Guidance(1.0, 0)
+    for tolerance in (0, -1e-5, float("nan")):
+        with pytest.raises(ValueError, match=f"above 0, not {tolerance}"):
+            Jacobi(tolerance)
     with pytest.raises(ValueError, match="odd kernel_size, not 4"):
         masked(kernel_size=4)
 

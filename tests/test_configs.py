@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import yaml
 from torch.profiler import ProfilerActivity, profile
 
 from glowscale.bijections.activations import Activations
+from glowscale.bijections.matrices import MATRICES
 from glowscale.config import Config, load_config
 from glowscale.config.model import Multiscale
 from glowscale.data.writer import pack_split
 from glowscale.distributed import start_accelerator
 from glowscale.models import MultiscaleFlow, build_model
+from glowscale.models.blocks import BLOCKS
+from glowscale.models.parts import CAUSAL_NETWORKS, NETWORKS, TRANSFORMS
 from glowscale.training import Trainer
 from glowscale.training.plan import activation_bytes
 from tests.conftest import ROOT, Caller, Runner, last_json, random_split, tiny_glow
@@ -166,6 +170,84 @@ def test_a_plans_activations_grow_with_depth_as_what_a_pass_allocates() -> None:
     assert growth["invert"] == pytest.approx(seen["invert"], abs=0.02 * seen["store"])
     assert seen["store"] > 8 * 2 * (16 * 32 * 32 * 4)  # each step keeps two hidden layers
     assert seen["invert"] < 0.01 * seen["store"]
+
+
+WIDTHS = {"hidden_channels": 8, "blocks": 1}
+PARTS: dict[str, list[dict[str, Any]]] = {
+    "transform": [
+        {"kind": "affine"},
+        {"kind": "additive"},
+        {"kind": "gaussian"},
+        {"kind": "mixture", "components": 2},
+        {"kind": "spline", "bins": 4},
+    ],
+    "network": [
+        {"kind": "convolutional", "hidden_channels": 8},
+        {"kind": "gated", **WIDTHS},
+        {"kind": "transformer", **WIDTHS},
+    ],
+    "causal": [
+        {"kind": "masked_convolutional", **WIDTHS},
+        {"kind": "causal_transformer", **WIDTHS},
+    ],
+}
+MIXING = [*MATRICES, None]
+
+
+def vary(kind: str, **choices: Iterable[object]) -> list[dict[str, Any]]:
+    """Blocks of a kind with the first of each choice, and with every other in its place."""
+    alike = {key: next(iter(chosen)) for key, chosen in choices.items()}
+    return [
+        {"kind": kind, **alike, key: value} for key, chosen in choices.items() for value in chosen
+    ]
+
+
+BENT = {"transform": PARTS["transform"], "matrix": MIXING}
+LEVELS: dict[str, list[dict[str, Any]]] = {
+    "squeeze": vary("squeeze", depth=[1]),
+    "linear": vary("linear", matrix=MATRICES),
+    "coupling": vary(
+        "coupling", network=PARTS["network"], mask=["channels", "checkerboard"], **BENT
+    ),
+    "recursive": vary("recursive", network=PARTS["network"], recursions=[1], **BENT),
+    "autoregressive": [
+        *vary("autoregressive", network=PARTS["causal"], inverse=[False], **BENT),
+        *vary("autoregressive", network=PARTS["causal"], inverse=[True], **BENT),
+    ],
+    "continuous": vary(
+        "continuous",
+        hidden_channels=[[8]],
+        matrix=MIXING,
+        gradient=["adjoint", "direct"],
+        trace=["hutchinson", "exact"],
+    ),
+}
+"""By kind of block, a level with each part that such a block may be made of."""
+
+
+def test_every_kind_of_part_is_planned_here() -> None:
+    assert LEVELS.keys() == BLOCKS.keys()
+    known = {"transform": TRANSFORMS, "network": NETWORKS, "causal": CAUSAL_NETWORKS}
+    for name, parts in PARTS.items():
+        assert {part["kind"] for part in parts} == known[name].keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [(kind, way) for kind in LEVELS for way in WAYS if kind != "continuous" or way == "store"],
+)
+def test_every_kind_of_block_is_planned_as_what_a_pass_holds(kind: str, way: Activations) -> None:
+    levels = [[{"kind": "squeeze"}, *LEVELS[kind]]]
+    model = Multiscale.model_validate({"family": "multiscale", "levels": levels}).model_dump()
+
+    def held() -> int:
+        return activation_bytes(build_model(model, (2, 4, 4), 16, 3, way))
+
+    with torch.device("meta"):
+        planned = held()
+    assert planned > 0
+    if kind != "continuous":  # of which a plan takes one evaluation of the solve
+        assert planned == pytest.approx(held(), rel=0.05)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

@@ -77,12 +77,38 @@ def test_a_zero_vector_reflects_nothing_and_has_finite_gradients() -> None:
     assert vectors.grad.isfinite().all()
 
 
-def test_random_vectors_make_the_rotation_that_factorizes_a_gaussian_matrix() -> None:
+def test_reflections_are_drawn_so_that_axes_turn_to_gaussian_directions() -> None:
     torch.manual_seed(3)
-    found = reflect(random_vectors(6, 6).double(), torch.eye(6, dtype=torch.float64))
+    vectors = random_vectors(6, 6)
     torch.manual_seed(3)
-    expected = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
-    torch.testing.assert_close(found[:, :5], expected[:, :5], rtol=0, atol=1e-6)
+    directions = torch.randn(6, 6, dtype=torch.float64)
+    identity = torch.eye(6, dtype=torch.float64)
+    for i in range(5):
+        drawn = directions[i] * (torch.arange(6) >= i)
+        turned = reflect(vectors[i:].double(), identity[:, i : i + 1])[:, 0]
+        torch.testing.assert_close(turned, drawn / drawn.norm(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(6))
+
+
+@pytest.mark.parametrize("dim", [4, 5])
+def test_a_product_of_drawn_reflections_has_haars_moments(dim: int) -> None:
+    """Of an order below D they do not depend on the determinant's sign (Diaconis 1994)."""
+    draws = 2000
+    identity = torch.eye(dim)
+    drawn = torch.stack([reflect(random_vectors(dim, dim), identity) for _ in range(draws)])
+    torch.testing.assert_close(drawn.det(), torch.full((draws,), (-1.0) ** dim))
+    traces, of_squares = (m.diagonal(dim1=1, dim2=2).sum(1) for m in (drawn, drawn @ drawn))
+    errors = 5 / draws**0.5
+    assert drawn.mean(0).abs().max() < errors / dim**0.5
+    assert (drawn.square().mean(0) - 1 / dim).abs().max() < errors * 2**0.5 / dim
+    assert traces.mean().abs() < errors
+    assert (traces.square().mean() - 1).abs() < errors * 2**0.5
+    assert (of_squares.mean() - 1).abs() < errors * 2**0.5
+
+
+def test_reflections_are_drawn_without_memory_too() -> None:
+    with torch.device("meta"):
+        assert QRMatrix(8)()[0].is_meta
 
 
 def test_too_many_reflections_are_refused() -> None:

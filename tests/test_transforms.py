@@ -17,6 +17,7 @@ from glowscale.bijections import (
     Transform,
 )
 from glowscale.bijections.roots import RootError, find_root
+from glowscale.errors import UserError
 
 TRANSFORMS = {
     "affine": Affine(),
@@ -346,5 +347,7 @@ def test_roots_are_found_superlinearly_and_what_is_solved_rests() -> None:
 
 def test_roots_that_are_not_there_are_told() -> None:
     target = torch.tensor([0.5, 7.0], dtype=DOUBLE)
-    with pytest.raises(RootError, match=r"1 of 2 values .* worst is off by 2\.0e\+00"):
+    with pytest.raises(UserError, match=r"1 of 2 values .* worst is off by 2\.0e\+00") as raised:
         solve(lambda x: x, target, -5, 5, 0)
+    assert "lower the learning rate" in str(raised.value)
+    assert isinstance(raised.value, RootError)

@@ -24,6 +24,10 @@ class Jacobi:
 
     tolerance: float = 1e-5
 
+    def __post_init__(self) -> None:
+        if not self.tolerance > 0:
+            raise ValueError(f"Jacobi needs a tolerance above 0, not {self.tolerance}.")
+
     def solve(self, update: Callable[[Tensor, Tensor], Tensor], z: Tensor) -> tuple[Tensor, int]:
         """Solve for x.
 
@@ -62,7 +66,7 @@ def with_gradients(update: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         for _ in range(positions - 1):
             (through,) = torch.autograd.grad(again, given, total, retain_graph=True)
             before, total = total, gradient + through
-            if torch.equal(before, total):
+            if total.is_meta or torch.equal(before, total):  # shapes alone need one product
                 break
         return total
 

@@ -1,6 +1,7 @@
 """Products of Householder reflections, which are what every orthogonal matrix is."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -28,11 +29,15 @@ def reflect(vectors: Tensor, x: Tensor) -> Tensor:
 
 
 def random_vectors(count: int, dim: int) -> Tensor:
-    """Vectors (count, D); the reflections of D of them are a random rotation.
+    """Unit vectors (count, D); the reflections of D of them are a random orthogonal matrix.
 
-    They are those that factorize a Gaussian matrix. Vectors drawn independently would leave the
-    product near the identity: its trace would be D/e² in the mean. From torch's global generator.
+    Its law is Haar's, of matrices whose determinant has the sign of (−1)ᴰ: reflection i takes
+    axis i to a direction drawn uniformly among those that leave the axes before it alone. Vectors
+    drawn independently would leave the product near the identity: its trace would be D/e² in the
+    mean. From torch's global generator. Source: Stewart 1980, "The efficient generation of random
+    orthogonal matrices".
     """
-    factorized, _ = torch.geqrf(torch.randn(dim, count, dtype=torch.float64))
-    columns = factorized.tril(-1) + torch.eye(dim, count, dtype=torch.float64)
-    return columns.T.float().contiguous()
+    vectors = torch.randn(count, dim, dtype=torch.float64).triu()
+    vectors.diagonal().sub_(vectors.norm(dim=1))
+    vectors[dim - 1 :, -1] = 1  # the last axis has no direction to choose, and is always reversed
+    return F.normalize(vectors, dim=1).float()

@@ -64,7 +64,7 @@ class InvertibleMatrix(nn.Module):
 
 
 class PlainMatrix(InvertibleMatrix):
-    """W itself is the parameter; its log-det costs O(D³). Starts as a random rotation.
+    """W itself is the parameter; its log-det costs O(D³). Starts as a random orthogonal matrix.
 
     Source: Glow (Kingma & Dhariwal 2018), equation 9.
     """
@@ -91,10 +91,11 @@ class PlainMatrix(InvertibleMatrix):
 
 
 class LUMatrix(InvertibleMatrix):
-    """W = P L (U + diag(s)), P fixed; its log-det costs O(D). Starts as a random rotation.
+    """W = P L (U + diag(s)), P fixed; its log-det costs O(D).
 
     Source: Glow (Kingma & Dhariwal 2018), equations 10 and 11; log|s| is the parameter and
-    the signs of s stay as they were drawn, so W can never become singular.
+    the signs of s stay as they were drawn, so W can never become singular. Starts as a random
+    orthogonal matrix.
     """
 
     permutation: Tensor
@@ -159,7 +160,8 @@ class QRMatrix(InvertibleMatrix):
     Source: Hoogeboom et al. 2019, "Emerging convolutions for generative normalizing flows"; the
     reflections as in Tomczak & Welling 2016. log s is the parameter and s stays positive, so W
     can never become singular. D reflections reach every W whose determinant has the sign of
-    (−1)ᴰ. Starts as a random rotation; with fewer reflections, as their product.
+    (−1)ᴰ. Starts as a random one of those that are orthogonal; with fewer reflections, as their
+    product.
 
     Args:
         dim: D, of W (D, D).
@@ -218,5 +220,8 @@ def inverse_of(matrix: Tensor) -> Tensor:
 
 
 def random_rotation(dim: int) -> Tensor:
-    """A random orthogonal matrix (D, D), drawn from torch's global generator."""
+    """A random orthogonal matrix (D, D), drawn from torch's global generator.
+
+    The factorization chooses the signs of its columns, so they are not Haar's.
+    """
     return torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64)).Q.float()

@@ -5,11 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from glowscale.errors import UserError
+
 LIMIT = 100
 """Of evaluations; some ten are usual, and bisection alone takes less than 60."""
 
 
-class RootError(RuntimeError):
+class RootError(UserError):
     """Some roots were not found; the message says how many, and how far off they are."""
 
 
@@ -48,6 +50,8 @@ def find_root(
     >>> find_root(cube, eight, low, high, high, 1e-6)
     tensor([2.])
     """
+    if target.is_meta:  # shapes alone: one evaluation of all is what is held at most
+        return function(start, torch.arange(len(start), device=start.device))[0]
     tolerance = max(tolerance, 4 * torch.finfo(target.dtype).eps)
     root = torch.full_like(target, torch.nan)
     index = (target.isfinite() & start.isfinite()).nonzero().squeeze(1)
@@ -69,8 +73,10 @@ def find_root(
         state = (index, target, low, high, following, following - x)
         index, target, low, high, x, last = (part[left] for part in state)
     raise RootError(
-        f"{len(left)} of {len(root)} values were not solved to {tolerance:.0e} in {LIMIT} "
-        f"evaluations; the worst is off by {excess[left].abs().max():.1e}."
+        f"A transform cannot be inverted: {len(left)} of {len(root)} values were not solved to "
+        f"{tolerance:.0e} in {LIMIT} evaluations, the worst is off by "
+        f"{excess[left].abs().max():.1e}; lower the learning rate so that its parameters stay "
+        f"moderate, or train with activations=recompute, which inverts nothing."
     )
 
 
