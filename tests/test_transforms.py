@@ -258,9 +258,11 @@ def test_a_spline_is_the_identity_outside() -> None:
     x = torch.tensor([-1e30, -50.0, -2.001, -2.0, 2.0, 2.001, 50.0, 1e30])
     parameters = draw(transform, 1, 1, size=3, dtype=torch.float32)[0]
     z, log_slope = on_a_line(transform, x, parameters)
-    torch.testing.assert_close(z, x, rtol=1e-6, atol=0)
+    back = transform.inverse(x[:, None], parameters.expand(8, -1))[:, 0]
+    for found in (z, back):
+        assert torch.equal(found[x.abs() > 2], x[x.abs() > 2])
+        torch.testing.assert_close(found, x, rtol=1e-6, atol=0)
     torch.testing.assert_close(log_slope, torch.zeros(8), rtol=0, atol=1e-5)
-    assert torch.equal(transform.inverse(x[:, None], parameters.expand(8, -1))[:, 0], z)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
@@ -269,16 +271,39 @@ def test_a_spline_passes_through_its_knots_with_their_derivatives(dtype: torch.d
     transform = RationalQuadraticSpline(bins, bound)
     parameters = draw(transform, 1, 1, dtype=dtype)[0]
     widths, heights = (
-        (0.01 / bins + 0.99 * raw.softmax(0)) * 2 * bound
+        (0.1 / bins + 0.9 * raw.softmax(0)) * 2 * bound
         for raw in parameters[: 2 * bins].view(2, bins)
     )
     places, values = widths.cumsum(0)[:-1] - bound, heights.cumsum(0)[:-1] - bound
-    expected = 1e-3 + F.softplus(parameters[2 * bins :] + math.log(math.expm1(0.999)))
+    limit = math.log(20)
+    expected = (limit * torch.tanh(parameters[2 * bins :] / limit)).exp()
     step, limit = (2e-6, 1e-2) if dtype == torch.float32 else (1e-9, 1e-5)
     for beside in (-step, 0, step):  # in the bin before, at the knot, in the bin after
         z, log_slope = on_a_line(transform, places + beside, parameters)
         torch.testing.assert_close(z, values + beside * expected, rtol=0, atol=step)
         torch.testing.assert_close(log_slope.exp(), expected, rtol=limit, atol=0)
+
+
+@pytest.mark.parametrize("size", [0.5, 3.0, 10.0, 1e3])
+def test_a_spline_comes_back_in_float32_whatever_its_parameters(size: float) -> None:
+    transform = RationalQuadraticSpline(8, 3.0)
+    x = 6 * torch.rand(100_000, 1) - 3
+    parameters = draw(transform, 100_000, 1, size=size, dtype=torch.float32)
+    z, _ = transform.forward(x, parameters)
+    assert (transform.inverse(z, parameters) - x).abs().max() < 0.02
+    back, _ = transform.forward(transform.inverse(x, parameters), parameters)
+    assert (back - x).abs().max() < 1e-3
+
+
+def test_a_splines_flattest_slope_is_what_its_limits_leave() -> None:
+    """A bin as wide and as low as can be, between the steepest knots."""
+    bins, big = 8, 1e4
+    parameters = torch.zeros(3 * bins - 1, dtype=DOUBLE)
+    parameters[3], parameters[bins + 3], parameters[2 * bins :] = big, -big, big
+    x = torch.linspace(-3, 3, 100_001, dtype=DOUBLE)
+    _, log_slope = on_a_line(RationalQuadraticSpline(bins, 3.0), x, parameters)
+    s = (0.1 / bins) / (0.1 / bins + 0.9)
+    assert log_slope.min().exp().item() == pytest.approx(2 * s**2 / (20 + s), rel=0.01)
 
 
 def test_transforms_refuse_what_they_cannot_be() -> None:
