@@ -52,6 +52,7 @@ GRID = ["model.solver.steps=1", "model.evaluation_solver.steps=1"]
 
 PATHS = sorted((ROOT / "configs").glob("*.yaml"))
 SLOW = ("celeba_hq_256_glow", "cifar10_ffjord")
+LARGE = ("celeba_hq_256_glow", "imagenet64_glow")
 
 
 def shallow(config: Config) -> list[str]:
@@ -106,7 +107,13 @@ def test_config_takes_one_step_at_full_width(path: Path, tmp_path: Path) -> None
     assert sum(moved) > len(moved) / 3
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.long] if path.stem in LARGE else [], id=path.stem)
+        for path in PATHS
+    ],
+)
 def test_config_dry_runs_at_full_depth(path: Path, tmp_path: Path, call_job: Caller) -> None:
     shape, grey_levels = SHAPES[path.stem]
     for name in ("train", "test"):

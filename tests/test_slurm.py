@@ -239,9 +239,16 @@ def evaluation(hall: Hall, trained: "Future[Job]") -> Job:
 Jobs = tuple[Hall, dict[str, Future[Any]]]
 
 
+SIGNALS = {"scancel": (), "scancel --batch": ("--batch",), "scancel --full": ("--full",)}
+"""Options of scancel, by the way in which a training is signalled."""
+
+
 @pytest.fixture(scope="module")
-def jobs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    """All jobs, under way."""
+def jobs(
+    data_dir: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Jobs]:
+    """All jobs that tests ask for, under way."""
+    asked = {way for item in request.session.items for way in SIGNALS if f"[{way}]" in item.name}
     script = TRAIN.read_text()
     steps_only = script.replace("--signal=B:USR1@180", "--signal=USR1@180")
     assert steps_only != script
@@ -252,9 +259,11 @@ def jobs(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[J
             "time limit": pool.submit(out_of_time, hall, "limit", script),
             "time limit, to steps": pool.submit(out_of_time, hall, "limit-steps", steps_only),
             "uninterrupted": pool.submit(uninterrupted, hall),
-            "scancel": pool.submit(signalled, hall, "plain"),
-            "scancel --batch": pool.submit(signalled, hall, "batch", "--batch"),
-            "scancel --full": pool.submit(signalled, hall, "full", "--full"),
+            **{
+                way: pool.submit(signalled, hall, way.replace(" --", "-"), *options)
+                for way, options in SIGNALS.items()
+                if way in asked
+            },
             "cancelled": pool.submit(cancelled, hall),
         }
         of_the_trained = {
@@ -334,7 +343,13 @@ def test_a_job_on_two_nodes_is_one_run_of_two_processes(jobs: Jobs) -> None:
 
 @pytest.mark.parametrize(
     "way",
-    ["scancel", "scancel --batch", "scancel --full", "time limit", "time limit, to steps"],
+    [
+        "scancel",
+        pytest.param("scancel --batch", marks=pytest.mark.long),  # as the evaluation is, below
+        "scancel --full",
+        "time limit",
+        "time limit, to steps",
+    ],
 )
 def test_a_signalled_job_saves_requeues_itself_and_ends_with_the_same_bits(
     jobs: Jobs, way: str
