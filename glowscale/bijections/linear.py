@@ -19,7 +19,7 @@ class Linear(Bijection):
 
     >>> from glowscale.bijections import QRMatrix
     >>> z, log_det = Linear(QRMatrix(3))(torch.randn(2, 3))
-    >>> log_det  # it starts as a rotation
+    >>> log_det  # it starts as an orthogonal matrix
     tensor([0., 0.], grad_fn=<ExpandBackward0>)
     """
 

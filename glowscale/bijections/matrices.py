@@ -71,7 +71,7 @@ class PlainMatrix(InvertibleMatrix):
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
-        self.weight = nn.Parameter(random_rotation(dim))
+        self.weight = nn.Parameter(random_orthogonal(dim))
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """The matrix (D, D) and its log|det|."""
@@ -103,7 +103,7 @@ class LUMatrix(InvertibleMatrix):
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
-        pivots, lower, upper = torch.linalg.lu(random_rotation(dim).double())
+        pivots, lower, upper = torch.linalg.lu(random_orthogonal(dim).double())
         diagonal = upper.diagonal()
         self.lower = nn.Parameter(lower.tril(-1).float())
         self.upper = nn.Parameter(upper.triu(1).float())
@@ -219,7 +219,7 @@ def inverse_of(matrix: Tensor) -> Tensor:
     return torch.linalg.inv_ex(matrix.double()).inverse.to(matrix.dtype)
 
 
-def random_rotation(dim: int) -> Tensor:
+def random_orthogonal(dim: int) -> Tensor:
     """A random orthogonal matrix (D, D), drawn from torch's global generator.
 
     The factorization chooses the signs of its columns, so they are not Haar's.
