@@ -32,9 +32,9 @@ from glowscale.evaluation import (
     check_fits,
     codec_bits_per_dim,
     evaluate,
+    refuse_idle_samples,
     refuse_untrusted,
 )
-from glowscale.evaluation.evaluate import refuse_idle_samples
 from glowscale.files import join
 from glowscale.jobs import job, positive, report, run, say
 from glowscale.models import MultiscaleFlow

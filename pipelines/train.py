@@ -17,8 +17,7 @@ from glowscale.data import DataError, Manifest, load_manifest, make_shards, open
 from glowscale.data.manifest import MANIFEST
 from glowscale.dequantization import NoiseAugmentation
 from glowscale.distributed import failing_together, leave, start_accelerator
-from glowscale.evaluation import histogram_bits_per_dim
-from glowscale.evaluation.evaluate import refuse_idle_samples
+from glowscale.evaluation import histogram_bits_per_dim, refuse_idle_samples
 from glowscale.files import join
 from glowscale.jobs import job, report, run, say
 from glowscale.restarts import refuse_standstill, restarts

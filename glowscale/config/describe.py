@@ -5,12 +5,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from glowscale.config.load import sections_of
+from glowscale.config.load import sections_by_tag, sections_of
 from glowscale.config.schema import Config, Data, Optimizer
-from glowscale.config.section import Section
-
-TAGS = ("kind", "family")
-"""Keys that tell which of several sections one is; they come first."""
+from glowscale.config.section import TAGS, Section, tag_of
 
 
 def describe() -> str:
@@ -23,7 +20,7 @@ def describe() -> str:
 def sources() -> dict[str, tuple[str, dict[str, tuple[str, bool]]]]:
     """What each kind of source is, and its keys: their meaning and whether they are required."""
     return {
-        get_args(section.model_fields["kind"].annotation)[0]: (
+        kind: (
             (section.__doc__ or "").rstrip("."),
             {
                 name: (
@@ -34,7 +31,7 @@ def sources() -> dict[str, tuple[str, dict[str, tuple[str, bool]]]]:
                 if name != "kind"
             },
         )
-        for section in sections_of(Data.model_fields["source"].annotation)
+        for kind, section in sections_by_tag(Data.model_fields["source"].annotation).items()
     }
 
 
@@ -46,9 +43,8 @@ def _describe(section: type[Section], prefix: str) -> Iterator[tuple[str, str]]:
         if not sections or field.description:
             yield key, f"{_type_name(field)}{_default_text(field)}: {field.description}"
         for inner in sections:
-            tags = [inner.model_fields[tag] for tag in TAGS if tag in inner.model_fields]
-            tag = tags[0] if tags and len(sections) > 1 else None
-            infix = f"[{get_args(tag.annotation)[0]}]" if tag else ""
+            tag = tag_of(inner) if len(sections) > 1 else None
+            infix = f"[{tag[1]}]" if tag else ""
             yield from _describe(inner, f"{key}{infix}.")
 
 

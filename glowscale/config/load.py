@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from glowscale.config.schema import Config, Source
-from glowscale.config.section import Section
+from glowscale.config.section import Section, tag_of
 from glowscale.errors import UserError
 
 
@@ -195,8 +195,8 @@ def _allowed_keys(path: Sequence[str], content: Any) -> list[str]:  # noqa: ANN4
 
 
 def _matches(section: type[Section], content: Mapping[str, Any]) -> bool:
-    tags = [(name, section.model_fields.get(name)) for name in ("kind", "family")]
-    return all(tag is None or content.get(name) in get_args(tag.annotation) for name, tag in tags)
+    tag = tag_of(section)
+    return tag is None or content.get(tag[0]) == tag[1]
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:  # noqa: ANN401
@@ -204,3 +204,8 @@ def sections_of(annotation: Any) -> list[type[Section]]:  # noqa: ANN401
     if isinstance(annotation, type):
         return [annotation] if issubclass(annotation, Section) else []
     return [section for part in get_args(annotation) for section in sections_of(part)]
+
+
+def sections_by_tag(annotation: Any) -> dict[str, type[Section]]:  # noqa: ANN401
+    """The sections that a field's type allows, by the kind or family that each is."""
+    return {tag[1]: section for section in sections_of(annotation) if (tag := tag_of(section))}

@@ -3,7 +3,7 @@
 from glowscale.evaluation.bits import bits_per_dim
 from glowscale.evaluation.codecs import codec_bits_per_dim
 from glowscale.evaluation.compare import ComparisonError, Difference, compare
-from glowscale.evaluation.evaluate import evaluate
+from glowscale.evaluation.evaluate import evaluate, refuse_idle_samples
 from glowscale.evaluation.fit import check_fits, refuse_unlabelled
 from glowscale.evaluation.histogram import histogram_bits_per_dim
 from glowscale.evaluation.records import Records
@@ -24,6 +24,7 @@ __all__ = [
     "compare",
     "evaluate",
     "histogram_bits_per_dim",
+    "refuse_idle_samples",
     "refuse_unlabelled",
     "refuse_untrusted",
     "score_block",

@@ -2,18 +2,9 @@
 
 from typing import Any
 
-from glowscale.bijections import (
-    Additive,
-    Affine,
-    Bijection,
-    Coupling,
-    FlowStep,
-    Sequential,
-    Squeeze,
-    Transform,
-)
+from glowscale.bijections import Bijection, Sequential, Squeeze
+from glowscale.models.blocks import coupling_blocks
 from glowscale.models.multiscale import MultiscaleFlow, refuse_odd_sides
-from glowscale.networks import ConvolutionalNetwork
 
 
 class Glow(MultiscaleFlow):
@@ -56,27 +47,26 @@ class Glow(MultiscaleFlow):
         **common: Any,  # noqa: ANN401
     ) -> None:
         refuse_odd_sides(image_shape, levels, squeezes=levels)
+        channels, height, width = image_shape
+        bounds = {"scale": scale} if coupling == "affine" else {}
 
-        transform: Transform = Affine(scale) if coupling == "affine" else Additive()
-
-        def make_step(channels: int) -> FlowStep:
-            kept = channels // 2
-            network = ConvolutionalNetwork(
-                kept,
-                transform.parameters_per_value * (channels - kept),
-                hidden_channels,
+        def make_level(level: int) -> Bijection:
+            # A squeeze makes four channels of one and a split keeps half of them.
+            side = 2 ** (level + 1)
+            steps = coupling_blocks(
+                (2 * channels * side, height // side, width // side),
                 class_channels if classes else 0,
+                transform={"kind": coupling, **bounds},
+                network={"kind": "convolutional", "hidden_channels": hidden_channels},
+                depth=depth,
+                matrix=matrix,
             )
-            return FlowStep(channels, Coupling(network, transform), matrix)
-
-        def make_level(channels: int) -> Bijection:
-            return Sequential([Squeeze(), *(make_step(channels) for _ in range(depth))])
+            return Sequential([Squeeze(), *steps])
 
         super().__init__(
             image_shape,
             grey_levels,
-            # A squeeze makes four channels of one and a split keeps half of them.
-            [make_level(4 * image_shape[0] * 2**level) for level in range(levels)],
+            [make_level(level) for level in range(levels)],
             classes=classes,
             class_channels=class_channels,
             **common,

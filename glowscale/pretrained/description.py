@@ -3,12 +3,12 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
 from glowscale.config import Config
-from glowscale.config.load import sections_of
+from glowscale.config.load import sections_by_tag
 from glowscale.config.section import Count, Section
 from glowscale.errors import UserError
 from glowscale.models import FAMILIES
@@ -140,10 +140,7 @@ def read_figures(path: Path) -> Figures:
 
 def _complete(section: Mapping[str, Any]) -> dict[str, Any]:
     """All keys of a `model` section, as JSON has them; raises pydantic's ValidationError."""
-    families = {
-        get_args(family.model_fields["family"].annotation)[0]: family
-        for family in sections_of(Config.model_fields["model"].annotation)
-    }
+    families = sections_by_tag(Config.model_fields["model"].annotation)
     return families[section["family"]].model_validate(section).model_dump(mode="json")
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from glowscale.bijections import Guidance, Jacobi
 from glowscale.data import Batch
 from glowscale.errors import UserError
-from glowscale.evaluation import bits_per_dim, score_block
-from glowscale.evaluation.evaluate import refuse_idle_samples
+from glowscale.evaluation import bits_per_dim, refuse_idle_samples, score_block
 from glowscale.models import MultiscaleFlow
 from glowscale.sampling import BLOCK, inverting, sample_blocks
 
