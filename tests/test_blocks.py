@@ -9,8 +9,9 @@ from torch import Tensor
 from glowscale.bijections import Autoregressive, Bijection, Coupling
 from glowscale.bijections.continuous import ContinuousFlow
 from glowscale.bijections.matrices import MATRICES
+from glowscale.config.blocks import Block, CausalNetwork, Mask, Matrix, Network, Transform
 from glowscale.config.load import sections_by_tag
-from glowscale.config.model import Block, CausalNetwork, Mask, Matrix, Model, Network, Transform
+from glowscale.config.model import Model
 from glowscale.distributions import standard_normal_log_prob
 from glowscale.models import FAMILIES, Glow, MultiscaleFlow, build_model
 from glowscale.models.assembly import assemble
