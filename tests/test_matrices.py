@@ -119,17 +119,17 @@ def test_too_many_reflections_are_refused() -> None:
 
 @pytest.mark.parametrize("matrix", MATRICES.values())
 def test_solving_is_in_float64(matrix: type[InvertibleMatrix]) -> None:
-    module = matrix(32)
+    module = matrix(128)  # of which no draw is well conditioned
     perturb(module, 6.0)
     for name, parameter in module.named_parameters():
         if name == "log_diagonal":
             nn.init.zeros_(parameter)  # whose exponential is exact
-    z = torch.randn(32, 3)
+    z = torch.randn(128, 3)
     found, in_float32 = module.solve(z), torch.linalg.solve(module()[0], z)
     expected = module.double().solve(z.double())
     assert found.dtype == torch.float32
     assert (found - expected).norm() < 1e-7 * expected.norm()
-    assert (in_float32 - expected).norm() > 1e-6 * expected.norm()
+    assert (in_float32 - expected).norm() > 10 * (found - expected).norm()
 
 
 class Operations(TorchDispatchMode):
