@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from glowscale.config.load import complete_model
 from glowscale.errors import UserError
 from glowscale.files import TEMPORARY, sha256_of, sync, write_atomically
 from glowscale.models import MultiscaleFlow, build_model
@@ -178,12 +179,22 @@ def images_reached(run: Path) -> int:
 
 
 def load_model(run: Path, weights: str = "ema") -> tuple[MultiscaleFlow, Checkpoint]:
-    """Build the model of a run or checkpoint and load its averaged (or `model`) weights."""
+    """Build the model of a run or checkpoint and load its averaged (or `model`) weights.
+
+    In the checkpoint that is returned, keys of the model's config that are newer than it have
+    their defaults.
+
+    Raises:
+        CheckpointError: if there is no whole checkpoint.
+        ConfigError: if this version does not know such a model.
+    """
     checkpoint = read_checkpoint(find_checkpoint(run), (weights,))
     state = checkpoint.state
+    config = state["config"]
+    config["model"] = complete_model(config["model"], checkpoint.path / STATE, "config.model.")
     model = restore_model(
         build_model(
-            state["config"]["model"],
+            config["model"],
             tuple(state["image_shape"]),
             state["grey_levels"],
             len(state["classes"]),

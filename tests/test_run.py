@@ -13,7 +13,13 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from glowscale.checkpoint import find_checkpoint, read_checkpoint, save_checkpoint
+from glowscale.checkpoint import (
+    find_checkpoint,
+    images_reached,
+    load_model,
+    read_checkpoint,
+    save_checkpoint,
+)
 from glowscale.config import ConfigError, parse_config
 from glowscale.data.writer import pack_split
 from glowscale.distributed import LaunchError, start_accelerator
@@ -83,6 +89,7 @@ def test_runs_from_before_a_key_existed_are_gone_on_with_and_started_from(
     old = tmp_path / "old"
     train(copy_with(config_dict, old, images=16))
     rewrite_model_section(old, drop="class_dropout")
+    assert load_model(old)[1].state["config"]["model"]["class_dropout"] == 0
     ImageModel.from_run(old).save_pretrained(tmp_path / "published")
     description = tmp_path / "published" / "config.json"
     content = json.loads(description.read_text())
@@ -109,8 +116,11 @@ def test_runs_that_this_version_does_not_know_are_refused_in_a_sentence(
         train(copy_with(config_dict, old, images=32))
     assert "\n" not in str(caught.value)
     started = copy_with(config_dict, tmp_path / "new", images=16, warm_start=str(old))
-    with pytest.raises(UserError, match=r"the key 'config\.model\.momentum' is 0\.9; Extra"):
+    unknown = r"the key 'config\.model\.momentum' is 0\.9; Extra"
+    with pytest.raises(ConfigError, match=unknown):
         train(started)
+    with pytest.raises(ConfigError, match=unknown):  # what evaluate.py, sample.py and look.py do
+        load_model(old)
 
 
 def test_tensorboard_shows_curves_settings_and_samples_also_over_a_restart(
@@ -165,6 +175,7 @@ def test_a_round_trip_beyond_its_limit_ends_the_run(
     config_dict["evaluate"] |= {"every": 16, "round_trip_limit": 1e-9}
     with pytest.raises(RoundTripError, match=r"more than evaluate\.round_trip_limit=1e-09"):
         train(config_dict)
+    assert images_reached(tmp_path / "run") == 16  # nothing that was trained is lost
     config_dict["evaluate"]["round_trip_limit"] = 0.5
     trainer = train(config_dict)
     with torch.no_grad():

@@ -48,6 +48,42 @@ def parse_config(content: Mapping[str, Any]) -> Config:
         raise ConfigError("\n".join(_sentence(e, content) for e in error.errors())) from None
 
 
+def complete_model(section: Mapping[str, Any], path: Path, prefix: str) -> dict[str, Any]:
+    """The `model` section of a config, as JSON has it, with the defaults of keys newer than it.
+
+    Args:
+        section: as it was written to a file, by whichever version.
+        path: the file.
+        prefix: how the file calls the section's keys.
+
+    Raises:
+        ConfigError: if this version does not know such a model.
+    """
+    families = sections_by_tag(Config.model_fields["model"].annotation)
+    family = section["family"]
+    if family not in families:
+        raise ConfigError(f"{path}: there is no family {family!r}, only {', '.join(families)}.")
+    try:
+        return families[family].model_validate(section).model_dump(mode="json")
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {first_finding(error, prefix)}") from None
+
+
+def first_finding(error: ValidationError, prefix: str = "") -> str:
+    """The first finding of pydantic in a file, as the end of a sentence.
+
+    Args:
+        error: pydantic's.
+        prefix: what stands before a key in the file.
+    """
+    first = error.errors()[0]
+    key = prefix + ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"the key {key!r} is missing."
+    message = first["msg"].replace("Input should", "it must")
+    return f"the key {key!r} is {first['input']!r}; {message}."
+
+
 def parse_source(kind: str, values: Mapping[str, str]) -> dict[str, Any]:
     """A source's arguments from options of a command line, `null` for None; ConfigError.
 
@@ -56,7 +92,9 @@ def parse_source(kind: str, values: Mapping[str, str]) -> dict[str, Any]:
     """
     content = {name: None if text == "null" else text for name, text in values.items()}
     try:
-        source = TypeAdapter(Source).validate_python({"kind": kind, **content}, strict=False)
+        source: Section = TypeAdapter(Source).validate_python(
+            {"kind": kind, **content}, strict=False
+        )
     except ValidationError as error:
         first = error.errors()[0]
         name = first["loc"][-1]

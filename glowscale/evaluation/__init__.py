@@ -9,7 +9,12 @@ from glowscale.evaluation.histogram import histogram_bits_per_dim
 from glowscale.evaluation.records import Records
 from glowscale.evaluation.result import Evaluation
 from glowscale.evaluation.scoring import score_block
-from glowscale.evaluation.trust import RoundTripError, SolverGapError, refuse_untrusted
+from glowscale.evaluation.trust import (
+    RoundTripError,
+    SolverGapError,
+    UntrustedError,
+    refuse_untrusted,
+)
 
 __all__ = [
     "ComparisonError",
@@ -18,6 +23,7 @@ __all__ = [
     "Records",
     "RoundTripError",
     "SolverGapError",
+    "UntrustedError",
     "bits_per_dim",
     "check_fits",
     "codec_bits_per_dim",

@@ -17,11 +17,15 @@ ROUND_TRIPS = 8
 """Images, and samples, whose round trip is measured."""
 
 
-class RoundTripError(UserError):
+class UntrustedError(UserError):
+    """A figure that the model's own numerics cannot stand for."""
+
+
+class RoundTripError(UntrustedError):
     """A model whose inverse does not bring images back."""
 
 
-class SolverGapError(UserError):
+class SolverGapError(UntrustedError):
     """A continuous flow whose bits/dim are its solver's doing."""
 
 

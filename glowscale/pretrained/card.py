@@ -54,7 +54,7 @@ def _what(description: Description, parameters: int, conditional: bool) -> str:
 
 def _section(description: Description) -> str:
     """The `model` section of a config, innermost mappings in a line each."""
-    section = {"family": description.family} | description.model_section()
+    section = description.model_section()
     return yaml.safe_dump({"model": section}, sort_keys=False, default_flow_style=None, width=96)
 
 

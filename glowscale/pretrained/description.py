@@ -1,17 +1,14 @@
 """`config.json` of an exported model: all that rebuilds it, and where it comes from."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from glowscale.config import Config
-from glowscale.config.load import sections_by_tag
+from glowscale.config.load import complete_model, first_finding
 from glowscale.config.section import Count, Section
 from glowscale.errors import UserError
-from glowscale.models import FAMILIES
 
 FORMAT: Final = "glowscale model 1"
 CONFIG = "config.json"
@@ -76,8 +73,9 @@ class Description(Section):
     """SHA-256 of the files beside; filled in when they are written."""
 
     def model_section(self) -> dict[str, Any]:
-        """The whole `model` section of a config, as JSON has it; raises ValidationError."""
-        return _complete({**self.arguments, "family": self.family})
+        """The `model` section of the run's config, all keys; ConfigError if there is no such."""
+        section = {"family": self.family, **self.arguments}
+        return {"family": self.family} | complete_model(section, Path(CONFIG), "arguments.")
 
     def to_json(self) -> bytes:
         """As the content of `config.json`."""
@@ -88,7 +86,8 @@ def read_description(folder: Path) -> Description:
     """Read and validate `config.json` of an exported model.
 
     Raises:
-        PretrainedError: if it is missing, damaged, of another format or for an unknown family.
+        PretrainedError: if it is missing, damaged or of another format.
+        ConfigError: if this version does not know such a model.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -104,30 +103,9 @@ def read_description(folder: Path) -> Description:
     try:
         description = Description.model_validate_json(data)
     except ValidationError as error:
-        raise PretrainedError(f"{path}: {_sentence(error)}") from None
-    complete_section({**description.arguments, "family": description.family}, path, "arguments.")
+        raise PretrainedError(f"{path}: {first_finding(error)}") from None
+    complete_model({"family": description.family, **description.arguments}, path, "arguments.")
     return description
-
-
-def complete_section(section: Mapping[str, Any], path: Path, prefix: str) -> dict[str, Any]:
-    """The `model` section of a config with the defaults of keys that are newer than it.
-
-    Args:
-        section: as it was written to a file, by whichever version.
-        path: the file.
-        prefix: how the file calls the section's keys.
-
-    Raises:
-        PretrainedError: if this version does not know such a model.
-    """
-    if section["family"] not in FAMILIES:
-        raise PretrainedError(
-            f"{path}: there is no family {section['family']!r}, only {', '.join(FAMILIES)}."
-        )
-    try:
-        return _complete(section)
-    except ValidationError as error:
-        raise PretrainedError(f"{path}: {_sentence(error, prefix)}") from None
 
 
 def read_figures(path: Path) -> Figures:
@@ -135,20 +113,4 @@ def read_figures(path: Path) -> Figures:
     try:
         return Figures.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise PretrainedError(f"{path}: {_sentence(error)}") from None
-
-
-def _complete(section: Mapping[str, Any]) -> dict[str, Any]:
-    """All keys of a `model` section, as JSON has them; raises pydantic's ValidationError."""
-    families = sections_by_tag(Config.model_fields["model"].annotation)
-    return families[section["family"]].model_validate(section).model_dump(mode="json")
-
-
-def _sentence(error: ValidationError, prefix: str = "") -> str:
-    """The first finding of pydantic, as the end of a sentence."""
-    first = error.errors()[0]
-    key = prefix + ".".join(map(str, first["loc"]))
-    if first["type"] == "missing":
-        return f"the key {key!r} is missing."
-    message = first["msg"].replace("Input should", "it must")
-    return f"the key {key!r} is {first['input']!r}; {message}."
+        raise PretrainedError(f"{path}: {first_finding(error)}") from None

@@ -13,14 +13,7 @@ from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save
 
-from glowscale.checkpoint import (
-    MANIFEST,
-    STATE,
-    find_checkpoint,
-    load_model,
-    read_checkpoint,
-    restore_model,
-)
+from glowscale.checkpoint import MANIFEST, load_model, restore_model
 from glowscale.config import differences
 from glowscale.errors import UserError
 from glowscale.files import sha256_of, write_atomically
@@ -34,7 +27,6 @@ from glowscale.pretrained.description import (
     Description,
     Origin,
     PretrainedError,
-    complete_section,
     read_description,
     read_figures,
 )
@@ -89,15 +81,13 @@ class ImageModel(UInt8Flow, ModelHubMixin, library_name="glowscale"):
 
         Raises:
             CheckpointError: if there is no whole checkpoint.
-            PretrainedError: if the run's figures are damaged, or this version does not know such a
-                model.
+            ConfigError: if this version does not know such a model.
+            PretrainedError: if the run's figures are damaged.
         """
         run = Path(run)
-        checkpoint = read_checkpoint(find_checkpoint(run), ())
+        flow, checkpoint = load_model(run, weights)
         state = checkpoint.state
-        section = state["config"]["model"]
-        arguments = complete_section(section, checkpoint.path / STATE, "config.model.")
-        flow, _ = load_model(checkpoint.path, weights)
+        arguments = dict(state["config"]["model"])
         description = Description(
             format=FORMAT,
             family=arguments.pop("family"),

@@ -25,7 +25,7 @@ from glowscale.data import (
     training_stream,
 )
 from glowscale.distributed import failing_together, refuse_disagreement, sum_over_ranks
-from glowscale.evaluation import Evaluation, check_fits, refuse_unlabelled
+from glowscale.evaluation import Evaluation, UntrustedError, check_fits, refuse_unlabelled
 from glowscale.files import join
 from glowscale.jobs import say
 from glowscale.models import MultiscaleFlow, build_model
@@ -106,8 +106,9 @@ class Trainer:
         Raises:
             NonFiniteError: if the loss or its gradient blows up again and again; the updates
                 that saw it are masked and never saved.
-            RoundTripError: if the model's inverse is off by more than the config allows.
-            SolverGapError: if a continuous flow's evaluations are.
+            RoundTripError: if the model's inverse is off by more than the config allows; the state
+                is saved.
+            SolverGapError: if a continuous flow's evaluations are; likewise.
             Stopped: if SIGTERM or SIGUSR1 asked any process to stop; the state is saved.
         """
         if self.is_main:
@@ -118,6 +119,10 @@ class Trainer:
             try:
                 self._update_to_the_end(progress)
                 result = self.reports.finish()
+            except UntrustedError:  # evaluate.round_trip_limit may change on a resume
+                self.save()
+                self.finish_saving()
+                raise
             except Stopped as stopped:
                 self.save()
                 self.finish_saving()
