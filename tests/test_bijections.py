@@ -385,6 +385,18 @@ def test_squeeze_moves_each_block_of_four_pixels_into_channels() -> None:
     assert z[0, :, 1, 1].tolist() == [10, 11, 14, 15]
 
 
+@pytest.mark.parametrize("alpha", [0.05, 1e-6])
+def test_samples_at_the_ends_of_the_logits_range_can_be_encoded(alpha: float) -> None:
+    layer = LogitPixels(256, alpha)
+    x = layer.inverse(torch.linspace(-40, 40, 4001)[:, None])
+    z, log_det = layer(x)
+    assert z.isfinite().all()
+    assert log_det.isfinite().all()
+    torch.testing.assert_close(layer.inverse(z), x, rtol=0, atol=1e-4)
+    ends = torch.tensor([[0.0, 256.0], [alpha, 1 - alpha]], dtype=torch.float64)  # are exact
+    torch.testing.assert_close(layer(ends[0])[0], ends[1].logit())
+
+
 def test_misfits_are_refused_with_their_sizes() -> None:
     with pytest.raises(ValueError, match="even sides, not 3×4"):
         Squeeze()(torch.zeros(1, 1, 3, 4))

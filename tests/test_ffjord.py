@@ -84,10 +84,25 @@ def test_an_evaluation_averages_probes_and_tells_their_error(data_dir: Path) -> 
     assert abs(one.bits_per_dim - many.bits_per_dim) < spread
     assert many.solver_gap is not None
     assert abs(many.solver_gap) < 0.05
+    assert many.training_solver_gap == many.solver_gap  # by the same solver
     assert "16 probes ±" in str(many)
     # Independent of the block, on a grid.
     blocks = evaluate(model, shards, seed=0, batch=7)
     assert blocks.bits_per_dim == pytest.approx(one.bits_per_dim, abs=1e-5)
+
+
+def test_the_solver_that_trains_is_measured_as_if_it_scored(data_dir: Path) -> None:
+    shards = ShardSet(data_dir / "test")
+    coarse, fine = {"method": "euler", "steps": 1}, {"method": "rk4", "steps": 8}
+    both = tiny_ffjord(solver=coarse, evaluation_solver=fine)
+    alone = tiny_ffjord(solver=coarse)
+    alone.load_state_dict(both.state_dict())
+    result, expected = (evaluate(model, shards, seed=0, images=16) for model in (both, alone))
+    assert result.training_solver_gap == expected.solver_gap
+    assert result.training_solver_gap is not None
+    assert result.solver_gap is not None
+    assert abs(result.training_solver_gap) > 100 * abs(result.solver_gap)
+    assert both.flows[0].evaluation_solver.steps == 8
 
 
 def test_flows_may_leave_the_larger_image_and_what_is_linear_to_others() -> None:
@@ -199,3 +214,15 @@ def test_a_figure_that_is_the_solvers_doing_ends_a_run(ffjord_dict: dict[str, An
         trainer.train()
     lines = [json.loads(x) for x in (trainer.folder.path / "metrics.jsonl").open()]
     assert abs(next(x for x in lines if x["kind"] == "held_out")["solver_gap"]) > 1e-9
+
+
+def test_a_loss_that_is_the_solvers_doing_ends_a_run(ffjord_dict: dict[str, Any]) -> None:
+    ffjord_dict["model"]["solver"] = {"method": "euler", "steps": 1}
+    ffjord_dict["model"]["evaluation_solver"] = {"method": "rk4", "steps": 16}
+    ffjord_dict["evaluate"] |= {"every": 16, "solver_gap_limit": 1e-4}
+    trainer = Trainer(parse_config(ffjord_dict), start_accelerator())
+    with pytest.raises(SolverGapError, match=r"training's solver is off by [+-]\S+ bits/dim"):
+        trainer.train()
+    lines = [json.loads(x) for x in (trainer.folder.path / "metrics.jsonl").open()]
+    held_out = next(x for x in lines if x["kind"] == "held_out")
+    assert abs(held_out["training_solver_gap"]) > 1e-4 > abs(held_out["solver_gap"])

@@ -34,7 +34,9 @@ class AffinePixels(Bijection):
 class LogitPixels(Bijection):
     """Map dequantized pixels in [0, grey_levels] to the whole line: z = logit(α + (1 − 2α) v).
 
-    v = x / grey_levels. Source: RealNVP (Dinh et al. 2017), section 4.1.
+    v = x / grey_levels. Source: RealNVP (Dinh et al. 2017), section 4.1. At the ends of its range
+    the inverse rounds to where the logit is infinite; there the largest representable one stands
+    for it, so that every sample can be encoded.
 
     Args:
         grey_levels: number of values that a pixel takes.
@@ -54,7 +56,8 @@ class LogitPixels(Bijection):
         slope = (1 - 2 * self.alpha) / self.grey_levels
         p = self.alpha + slope * x
         q = self.alpha + slope * (self.grey_levels - x)  # 1 - p, without cancellation near 1
-        log_p, log_q = p.log(), q.log()
+        floor = min(self.alpha, torch.finfo(x.dtype).eps)  # no pixel is beyond alpha
+        log_p, log_q = p.clamp(min=floor).log(), q.clamp(min=floor).log()
         return log_p - log_q, sum_per_image(math.log(slope) - log_p - log_q)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> Tensor:

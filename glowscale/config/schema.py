@@ -230,7 +230,9 @@ class Evaluate(Section):
         0.5, description="grey levels by which decode(encode(x)) may be off before a run ends"
     )
     solver_gap_limit: Positive | None = Field(
-        0.1, description="bits/dim by which a tight solve may differ before a run ends"
+        0.1,
+        description="bits/dim by which a tight solve may differ, from evaluations or from the "
+        "training's own solver, before a run ends",
     )
 
 

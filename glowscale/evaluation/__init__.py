@@ -13,6 +13,7 @@ from glowscale.evaluation.trust import (
     RoundTripError,
     SolverGapError,
     UntrustedError,
+    refuse_exploited_solver,
     refuse_untrusted,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "compare",
     "evaluate",
     "histogram_bits_per_dim",
+    "refuse_exploited_solver",
     "refuse_idle_samples",
     "refuse_unlabelled",
     "refuse_untrusted",

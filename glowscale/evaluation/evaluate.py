@@ -81,7 +81,7 @@ def evaluate(
     with failing_together(), torch.inference_mode():
         table = torch.zeros(len(Scores._fields) + 1, count, dtype=torch.float64)
         left = _fill(table, blocks[rank::world_size], score)
-        trust = torch.zeros(3, dtype=torch.float64, device=model.device)
+        trust = torch.zeros(4, dtype=torch.float64, device=model.device)
         if rank == 0 and not left:
             trust += measure_trust(model, shards.read_batch(0, min(ROUND_TRIPS, count)), seed)
     model.train(was_training)
@@ -142,7 +142,7 @@ def _summarize(
     bits = bits_per_dim(scores.log_prob, model.dimensions)
     single = bits_per_dim(scores.single_sample_log_prob, model.dimensions)
     trace_error = bits_per_dim(-scores.trace_variance.sum().sqrt() / count, model.dimensions)
-    round_trip_error, prior_round_trip_error, solver_gap = trust
+    round_trip_error, prior_round_trip_error, solver_gap, training_solver_gap = trust
     return Evaluation(
         bits_per_dim=float(bits.mean()),
         per_class=_per_class(bits, scores.labels, shards.manifest.classes),
@@ -153,6 +153,7 @@ def _summarize(
             float(trace_error) if model.is_solved and settings["probes"] > 1 else None
         ),
         solver_gap=solver_gap if model.is_solved else None,
+        training_solver_gap=training_solver_gap if model.is_solved else None,
         dequantization=model.dequantizer.name,
         is_bound=model.dequantizer.is_bound,
         image_shape=model.image_shape,

@@ -42,6 +42,8 @@ class Evaluation:
     as the nearest one; infinite where they are not finite."""
     is_bound: bool = True
     """Whether the figure bounds the pixels' bits/dim; not where images are hidden in noise."""
+    training_solver_gap: float | None = None
+    """As `solver_gap`, of the solver that trains; it says whether the loss is a likelihood."""
 
     def __str__(self) -> str:
         error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
@@ -62,7 +64,12 @@ class Evaluation:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Evaluation":
         """What `to_dict` gave, and JSON kept; a figure that was not finite is nan."""
-        optional = {"standard_error", "trace_standard_error", "solver_gap"}
+        optional = {
+            "standard_error",
+            "trace_standard_error",
+            "solver_gap",
+            "training_solver_gap",
+        }
         values: dict[str, Any] = {}
         for field in fields(cls):
             if field.name not in content and field.default is not MISSING:

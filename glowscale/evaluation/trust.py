@@ -26,7 +26,7 @@ class RoundTripError(UntrustedError):
 
 
 class SolverGapError(UntrustedError):
-    """A continuous flow whose bits/dim are its solver's doing."""
+    """A continuous flow whose bits/dim, or whose loss, are its solver's doing."""
 
 
 def refuse_untrusted(
@@ -61,25 +61,51 @@ def refuse_untrusted(
         )
 
 
+def refuse_exploited_solver(result: Evaluation, limit: float | None) -> None:
+    """Refuse to go on with a training whose loss is low by its solver's error.
+
+    On a coarse grid, what is minimized need not be a likelihood: a flow may learn dynamics of
+    which the grid alone thinks well.
+
+    Args:
+        result: what was measured.
+        limit: of the distance between the training's solver and a tight one, in bits/dim; None
+            allows anything.
+
+    Raises:
+        SolverGapError: if a tight solve gives another figure by more.
+    """
+    gap = result.training_solver_gap
+    if gap is not None and limit is not None and not abs(gap) <= limit:
+        raise SolverGapError(
+            f"The training's solver is off by {gap:+.3g} bits/dim from a tight solve, more than "
+            f"evaluate.solver_gap_limit={limit:g}: what is trained is no likelihood any more; "
+            f"take more steps in model.solver, raise model.frobenius, lower train.optimizer.lr, "
+            f"or allow more (null: anything)."
+        )
+
+
 def measure_trust(model: MultiscaleFlow, block: Batch, seed: int) -> Tensor:
-    """Round-trip errors of a block and of samples, and the solver's gap on the block: (3,)."""
+    """Round-trip errors of a block and of samples, and both solvers' gaps on the block: (4,)."""
     samples = draw_continuous(model, seed, range(ROUND_TRIPS))
     figures = [
         _round_trip_of(model, *_dequantized(model, block, seed)),
         _round_trip_of(model, *samples, clamp=True),
-        _solver_gap(model, block, seed),
+        *_solver_gaps(model, block, seed),
     ]
     return torch.stack(figures)
 
 
-def _solver_gap(model: MultiscaleFlow, block: Batch, seed: int) -> Tensor:
-    """Mean bits/dim of a block as it is scored, less that of a tight adaptive solve."""
+def _solver_gaps(model: MultiscaleFlow, block: Batch, seed: int) -> Tensor:
+    """Mean bits/dim of a block as scored and as trained on, less those of a tight solve: (2,)."""
     if not model.is_solved:
-        return torch.zeros((), dtype=torch.float64, device=model.device)
-    log_prob = score_block(model, block, seed)
-    with model.solving_tightly():
+        return torch.zeros(2, dtype=torch.float64, device=model.device)
+    scored = score_block(model, block, seed)
+    with model.solving_as("training"):
+        trained_on = score_block(model, block, seed)
+    with model.solving_as("tight"):
         tight = score_block(model, block, seed)
-    return bits_per_dim(log_prob - tight, model.dimensions).mean()
+    return bits_per_dim(torch.stack([scored, trained_on]) - tight, model.dimensions).mean(1)
 
 
 def _round_trip_of(

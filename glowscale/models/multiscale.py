@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -218,8 +218,8 @@ class MultiscaleFlow(nn.Module):
         return features[:, :, None, None]
 
     @contextmanager
-    def solving_tightly(self) -> Iterator[None]:
-        """Within it, a model that solves equations does so as exactly as it can."""
+    def solving_as(self, how: Literal["training", "tight"]) -> Iterator[None]:
+        """Within it, what solves equations evaluates as it trains, or as exactly as it can."""
         yield
 
     def drifts(self) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -105,16 +105,16 @@ class SolvedFlow(MultiscaleFlow):
         return torch.cat([super().draw_noise(keys), probes], 1)
 
     @contextmanager
-    def solving_tightly(self) -> Iterator[None]:
-        """Within it, the flows are solved adaptively at a tight tolerance."""
-        solvers = [(flow.solver, flow.evaluation_solver) for flow in self.flows]
+    def solving_as(self, how: Literal["training", "tight"]) -> Iterator[None]:
+        """Within it, evaluations solve as training does, or adaptively at a tight tolerance."""
+        solvers = [flow.evaluation_solver for flow in self.flows]
         for flow in self.flows:
-            flow.solver = flow.evaluation_solver = TIGHT
+            flow.evaluation_solver = TIGHT if how == "tight" else flow.solver
         try:
             yield
         finally:
             for flow, before in zip(self.flows, solvers, strict=True):
-                flow.solver, flow.evaluation_solver = before
+                flow.evaluation_solver = before
 
     def reset_figures(self) -> None:
         """Begin to count evaluations."""

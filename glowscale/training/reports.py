@@ -14,7 +14,7 @@ from tqdm import tqdm
 from glowscale.config import Config
 from glowscale.data import ShardSet
 from glowscale.distributed import failing_together
-from glowscale.evaluation import Evaluation, evaluate, refuse_untrusted
+from glowscale.evaluation import Evaluation, evaluate, refuse_exploited_solver, refuse_untrusted
 from glowscale.jobs import say
 from glowscale.pictures import save_curves
 from glowscale.report import write_report
@@ -89,18 +89,19 @@ class Reports:
 
         Raises:
             RoundTripError: if the model's inverse is off by more than the config allows.
-            SolverGapError: if a continuous flow's figure is.
+            SolverGapError: if a continuous flow's figure, or its training's solver, is.
         """
         result = self.evaluate(self.config.evaluate.images)
         if self.is_main:
             progress.write(f"{self.state.images:,} images: {result}", file=sys.stderr)
         figures = ["bits_per_dim", "standard_error", "round_trip_error", "prior_round_trip_error"]
         if self.state.model.is_solved:
-            figures.append("solver_gap")
+            figures += ["solver_gap", "training_solver_gap"]
         self._record("held_out", {key: getattr(result, key) for key in figures})
         self.save_curves()
         self.save_page()
         self._refuse_untrusted(result)
+        refuse_exploited_solver(result, self.config.evaluate.solver_gap_limit)
 
     def evaluate(self, images: int | None = None) -> Evaluation:
         """Bits/dim of the averaged weights on the first so many held-out images, or on all."""
