@@ -74,6 +74,13 @@ def append_durably(path: Path, line: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines, but for a last one that a kill has cut short; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(x) for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")]
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or a folder's list of names, durable."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from glowscale.errors import UserError
-from glowscale.files import write_atomically
+from glowscale.files import read_lines, write_atomically
 
 REPORT = "report.html"
 MOST_GRIDS = 8
@@ -48,13 +48,13 @@ def write_report(run: Path) -> Path:
     """
     if not (run / "config.yaml").exists():
         raise UserError(f"{run} is no folder of a run: it lacks config.yaml.")
-    metrics = _lines(run / "metrics.jsonl")
+    metrics = read_lines(run / "metrics.jsonl")
     sections = {
         "Course": _picture(run / "curves.png"),
         "Samples": _picture(run / "samples.png"),
         "Evaluations": _evaluations(run),
         "Samples over time": _course(run),
-        "Speed": _speed(_lines(run / "times.jsonl")),
+        "Speed": _speed(read_lines(run / "times.jsonl")),
         "Config": _preformatted((run / "config.yaml").read_text()),
         "Environment": _table([], _content(run / "environment.json").items()),
     }
@@ -158,10 +158,3 @@ def _figure(value: float | None, error: float | None = None) -> str:
 
 def _content(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_bytes())) if path.exists() else {}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines, but for a last one that a kill has cut short."""
-    if not path.exists():
-        return []
-    return [json.loads(x) for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")]

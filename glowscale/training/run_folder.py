@@ -13,7 +13,7 @@ from glowscale.checkpoint import Checkpoint, resume_checkpoint, save_checkpoint
 from glowscale.config import Config, ConfigError, differences, parse_config
 from glowscale.data import Manifest
 from glowscale.evaluation import Evaluation
-from glowscale.files import naming, sync, write_atomically
+from glowscale.files import naming, read_lines, sync, write_atomically
 from glowscale.training.saver import Parts
 
 FREE_KEYS = (
@@ -130,9 +130,7 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics."""
-        if not self.metrics.exists():
-            return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        return read_lines(self.metrics)
 
     def _rewind(self, images: int, due: Collection[str]) -> None:
         """Drop metrics of work that a kill has undone, so that they read as never interrupted."""
