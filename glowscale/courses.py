@@ -48,7 +48,7 @@ def save_courses(runs: Sequence[Path], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for run in sorted(runs, key=lambda run: courses[run][-1][1]):
-        axes.plot(*zip(*courses[run], strict=True), label=run.resolve().name, linewidth=1.2)
+        axes.plot(*zip(*courses[run], strict=True), label=run.absolute().name, linewidth=1.2)
     settled = [
         bits
         for course in courses.values()

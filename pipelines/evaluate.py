@@ -156,7 +156,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--importance-samples", type=positive, metavar="K", help="of the noise")
     parser.add_argument("--probes", type=positive, help="estimates of a continuous flow's trace")
-    parser.add_argument("--batch", type=positive, help="images of a block")
+    parser.add_argument("--batch", type=positive, help="images scored at once")
     parser.add_argument("--seed", type=int, help="seed of the dequantization noise")
     parser.add_argument("--json", action="store_true", help="end with a JSON object on stdout")
     return parser.parse_args()

@@ -122,13 +122,16 @@ def parse_arguments() -> argparse.Namespace:
         "--precision", choices=["float32", "bf16"], default="float32", help="of the networks"
     )
     parser.add_argument(
-        "--guidance", type=finite, metavar="W", help="how far autoregressive flows are led away"
+        "--guidance",
+        type=finite,
+        metavar="W",
+        help="of autoregressive flows, 0 for none; by classes that model.class_dropout withheld",
     )
     parser.add_argument(
         "--guidance-temperature",
         type=above_zero,
         metavar="T",
-        help="of the attention that they are led away from, which needs no classes",
+        help="of attention in the network that guidance leads away from; without classes",
     )
     parser.add_argument(
         "--jacobi",

@@ -25,6 +25,9 @@ from glowscale.training import Trainer
 from glowscale.training.plan import describe_plan, plan
 from glowscale.training.run_folder import is_finished
 
+KEYS = """config keys (a name in brackets is not typed: what follows is of that kind or family;
+of a list type the place, model.levels.0.1.depth=4):"""
+
 
 def main() -> None:
     """Read the config, pack the data if they are not there, train, tell the result."""
@@ -136,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line; its help lists every config key."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=f"config keys:\n{describe()}",
+        epilog=f"{KEYS}\n{describe()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="YAML file of the run")

@@ -202,7 +202,7 @@ class Velocities(Section):
     solver: Solver = Field(Solver(), description="in training")
     evaluation_solver: Solver = Field(
         Solver(method="rk4", steps=8),
-        description="otherwise; on a grid, figures do not depend on the block",
+        description="otherwise; on a grid, figures do not depend on evaluate.batch",
     )
     gradient: Literal["adjoint", "direct"] = Field(
         "adjoint", description="solved backwards, or through the solver's own steps"

@@ -73,4 +73,5 @@ def _default_text(field: FieldInfo) -> str:
     if isinstance(field.default, Section):
         kind = getattr(field.default, "kind", None)
         return f", default {kind}" if kind and not isinstance(field.default, Optimizer) else ""
-    return f", default {'null' if field.default is None else field.default}"
+    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f", default {'null' if default is None else default}"

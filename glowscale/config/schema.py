@@ -223,7 +223,7 @@ class Evaluate(Section):
     images: Count | None = Field(
         None, description="evaluate only the first so many images during training"
     )
-    batch: Count = Field(250, description="images of a block")
+    batch: Count = Field(250, description="images scored at once")
     importance_samples: Count = Field(1, description="samples of the dequantization noise")
     probes: Count = Field(1, description="estimates of a continuous flow's trace, averaged")
     round_trip_limit: Positive | None = Field(
