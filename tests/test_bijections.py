@@ -191,6 +191,7 @@ CASES = {
         tolerance=MixtureOfLogistics.tolerance,
     ),
     "spline_channels": Case(lambda: spline(ChannelMask())),
+    "spline_swapped": Case(lambda: spline(ChannelMask(swapped=True))),
     "spline_checkerboard": Case(lambda: spline(CheckerboardMask()), (2, 3, 4)),
     "spline_class": Case(lambda: spline(ChannelMask(), 3), context=(3, 1, 1)),
     "squeeze": Case(Squeeze, (3, 4, 2)),
@@ -385,6 +386,13 @@ def test_squeeze_moves_each_block_of_four_pixels_into_channels() -> None:
     assert z[0, :, 1, 1].tolist() == [10, 11, 14, 15]
 
 
+def test_a_swapped_mask_keeps_what_the_other_transforms() -> None:
+    x = torch.arange(5).view(1, 5, 1, 1)
+    kept, rest = ChannelMask(swapped=True).split(x)
+    assert (kept.flatten().tolist(), rest.flatten().tolist()) == ([3, 4], [0, 1, 2])
+    assert torch.equal(ChannelMask(swapped=True).join(kept, rest), x)
+
+
 @pytest.mark.parametrize("alpha", [0.05, 1e-6])
 def test_samples_at_the_ends_of_the_logits_range_can_be_encoded(alpha: float) -> None:
     layer = LogitPixels(256, alpha)
@@ -456,7 +464,7 @@ def test_initializing_goes_layer_by_layer_and_only_once() -> None:
             calls.append(t)
             return t
 
-        with torch.no_grad(), initializing(flow, reduce):
+        with initializing(flow, reduce):  # as it is written, or with gradients enabled
             z, _ = flow(x)
         assert len(calls) == reduce_calls
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.05)

@@ -49,6 +49,21 @@ def mixed(**arguments: object) -> MultiscaleFlow:
     return model
 
 
+@pytest.mark.parametrize("mask", get_args(Mask))
+def test_two_couplings_without_a_matrix_leave_nothing_as_it_was(mask: str) -> None:
+    block = {**COUPLING, "depth": 2, "matrix": None, "mask": mask}
+    model = assemble((2, 2, 2), 16, levels=[[block]]).double()
+    perturb(model)
+
+    def encode(x: Tensor) -> Tensor:
+        return model.encode(x)[0][0].flatten()
+
+    one, other = torch.rand(2, 1, 2, 2, 2, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian
+    difference = (jacobian(encode, one) - jacobian(encode, other)).flatten(1)
+    assert (difference.abs().amax(1) > 1e-6).all()  # no latent is linear in x
+
+
 def test_blocks_make_the_same_model_as_glow() -> None:
     torch.manual_seed(0)
     level = [SQUEEZE, {**COUPLING, "depth": 2}]

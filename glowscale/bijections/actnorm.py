@@ -71,13 +71,14 @@ def initializing(module: nn.Module, reduce: Reduce) -> Iterator[None]:
     """Within it, a forward pass of `module` initializes its ActNorms, layer by layer.
 
     Each uninitialized ActNorm takes its statistics from the input that reaches it, through the
-    already initialized layers before it. All ranks must run the same pass.
+    already initialized layers before it. All ranks must run the same pass; it has no gradients.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, ActNorm)]
     for layer in layers:
         layer._reduce = reduce
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for layer in layers:
             layer._reduce = None

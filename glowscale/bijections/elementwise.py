@@ -34,9 +34,10 @@ class AffinePixels(Bijection):
 class LogitPixels(Bijection):
     """Map dequantized pixels in [0, grey_levels] to the whole line: z = logit(α + (1 − 2α) v).
 
-    v = x / grey_levels. Source: RealNVP (Dinh et al. 2017), section 4.1. At the ends of its range
-    the inverse rounds to where the logit is infinite; there the largest representable one stands
-    for it, so that every sample can be encoded.
+    v = x / grey_levels. Source: RealNVP (Dinh et al. 2017), section 4.1, with 1 − 2α for its
+    1 − α, so that both ends are alike. At the ends of its range the inverse rounds to where the
+    logit is infinite; there the largest representable one stands for it, so that every sample can
+    be encoded.
 
     Args:
         grey_levels: number of values that a pixel takes.

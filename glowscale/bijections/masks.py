@@ -24,19 +24,28 @@ class Mask(Protocol):
 class ChannelMask:
     """Keeps the first half of the channels; of an odd number the smaller part.
 
+    Args:
+        swapped: keep the other half, of as many channels.
+
     >>> [tuple(part.shape) for part in ChannelMask().split(torch.zeros(1, 5, 2, 2))]
     [(1, 2, 2, 2), (1, 3, 2, 2)]
     """
 
+    def __init__(self, swapped: bool = False) -> None:
+        self.swapped = swapped
+
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The first half of the channels of x (B, C, ...), and the rest."""
+        """The channels of x (B, C, ...) that are kept, and the rest."""
         (kept, *_), (rest, *_) = self.shapes(tuple(x.shape[1:]))
-        first, second = torch.split(x, [kept, rest], dim=1)
+        if self.swapped:
+            second, first = torch.split(x, [rest, kept], dim=1)
+        else:
+            first, second = torch.split(x, [kept, rest], dim=1)
         return first, second
 
     def join(self, kept: Tensor, rest: Tensor) -> Tensor:
         """Put the channels together."""
-        return torch.cat([kept, rest], 1)
+        return torch.cat([rest, kept] if self.swapped else [kept, rest], 1)
 
     def shapes(self, shape: Shape) -> tuple[Shape, Shape]:
         """Half the channels each; raises ValueError where there is only one."""

@@ -138,16 +138,19 @@ class CouplingBlock(Mixed):
 
     kind: Literal["coupling"] = Field(description="one part is transformed given the other")
     mask: Mask = Field(
-        "channels", description="what is kept: half the channels; every other pixel, by turns"
+        "channels",
+        description="what is kept: half the channels, one and the other by turns "
+        "without a matrix; every other pixel, by turns",
     )
     transform: Transform = Field(description="what is done to each value of the rest")
     network: Network = Field(description="what reads the kept part")
 
 
-class RecursiveBlock(Mixed):
+class RecursiveBlock(Repeated):
     """Recursive couplings."""
 
     kind: Literal["recursive"] = Field(description="couplings within each half of a coupling")
+    matrix: Matrix = Field("lu", description="of the 1x1 convolution, with ActNorm, before each")
     recursions: Count = Field(description="how often halves are coupled again")
     transform: Transform = Field(description="what is done to each value of the rest")
     network: Network = Field(description="what reads the kept part")
@@ -184,7 +187,9 @@ class Solver(Section):
     tolerance: Positive = Field(1e-5, description="absolute and relative, where steps are chosen")
     steps: Count = Field(4, description="of a grid")
     evaluation_limit: Count = Field(1000, description="evaluations of one solve, where chosen")
-    smallest_step: Positive = Field(1e-7, description="of the time from 0 to 1, where chosen")
+    smallest_step: Annotated[float, Field(ge=1e-12)] = Field(
+        1e-7, description="of the time from 0 to 1, where chosen"
+    )
 
 
 class Velocities(Section):

@@ -54,10 +54,10 @@ def coupling_blocks(
     mask: str = "channels",
     matrix: str | None = "lu",
 ) -> list[Bijection]:
-    """Couplings; those with a checkerboard keep one colour and the other by turns."""
+    """Couplings; they keep one colour and the other by turns, or halves of channels not mixed."""
 
     def make(index: int) -> Bijection:
-        kept = MASKS[mask](index)
+        kept = MASKS[mask](index, matrix is not None)
         coupling = make_coupling(shape, kept, transform, network, context_channels)
         return normalized(coupling, shape[0], matrix)
 
@@ -72,7 +72,7 @@ def recursive_blocks(
     network: Arguments,
     recursions: int,
     depth: int = 1,
-    matrix: str | None = "lu",
+    matrix: str = "lu",
 ) -> list[Bijection]:
     """Recursive couplings."""
     mask = ChannelMask()

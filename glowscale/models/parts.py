@@ -28,11 +28,12 @@ from glowscale.networks import (
 Arguments = Mapping[str, Any]
 """Part of a config: its `kind`, and arguments of what that names."""
 
-MASKS: dict[str, Callable[[int], Mask]] = {
-    "channels": lambda _: ChannelMask(),
-    "checkerboard": lambda index: CheckerboardMask(odd=index % 2 == 1),
+MASKS: dict[str, Callable[[int, bool], Mask]] = {
+    "channels": lambda index, mixed: ChannelMask(swapped=index % 2 == 1 and not mixed),
+    "checkerboard": lambda index, _: CheckerboardMask(odd=index % 2 == 1),
 }
-"""Masks by name; each takes the index of the coupling in its row."""
+"""Masks by name; each takes the index of the coupling in its row, and whether a matrix mixes the
+channels before it."""
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "affine": Affine,
     "additive": Additive,
