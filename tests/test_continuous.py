@@ -212,3 +212,24 @@ def test_networks_run_low_and_integrals_in_float32() -> None:
         (z.sum() + log_det.sum()).backward()
         assert (z.dtype, log_det.dtype) == (torch.float32, torch.float32)
         assert seen == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10, 12, 20, 61])
+def test_a_grid_has_as_many_steps_as_were_asked_for(steps: int) -> None:
+    calls = 0
+
+    def field(t: Tensor, x: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return x
+
+    x = torch.ones(1)
+    whole = Solver("euler", steps=steps).solve(field, x, 0.0, 1.0, torch.norm)
+    assert calls == steps
+    for step in range(steps):
+        x = Solver("euler", steps=1).solve(field, x, step / steps, (step + 1) / steps, torch.norm)
+    assert calls == 2 * steps
+    torch.testing.assert_close(whole, x)
+    assert float(whole) == pytest.approx((1 + 1 / steps) ** steps, rel=1e-5)
+    Solver("euler", steps=steps).solve(field, x, 1.0, 0.0, torch.norm)
+    assert calls == 3 * steps

@@ -76,8 +76,10 @@ class Solver:
                 options=options,
             )
         else:
-            size = abs(end - start) / self.steps
-            solution = odeint(field, state, times, method=self.method, options={"step_size": size})
+            # A step size would be rounded, and a step of rounding be taken besides.
+            grid = torch.linspace(start, end, self.steps + 1).to(times)
+            options = {"grid_constructor": lambda *_: grid}
+            solution = odeint(field, state, times, method=self.method, options=options)
         return solution[-1]
 
 
