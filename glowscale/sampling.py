@@ -56,6 +56,13 @@ def sample_images(
         NonFiniteSampleError: if the model blew up, which would else pass for black pixels.
     """
     images = model.denoise(*draw_continuous(model, seed, indices, temperature, label))
+    return _pixels(model, images, seed, indices, temperature)
+
+
+def _pixels(
+    model: MultiscaleFlow, images: Tensor, seed: int, indices: range, temperature: float
+) -> Tensor:
+    """Pixels of continuous images; raises NonFiniteSampleError."""
     finite = images.isfinite().flatten(1).all(1).tolist()
     if not all(finite):
         raise NonFiniteSampleError(
@@ -133,12 +140,14 @@ def sample_blocks(
     A convolution's last bits may depend on its batch, so every block is computed whole.
     """
     first, last = indices.start // block, -(-indices.stop // block)
-    blocks = [
-        sample_images(model, seed, range(b * block, (b + 1) * block), temperature, label)
-        for b in range(first, last)
-    ]
-    offset = indices.start - first * block
-    return torch.cat(blocks)[offset : offset + len(indices)]
+    parts = []
+    for start in range(first * block, last * block, block):
+        whole = range(start, start + block)
+        images = model.denoise(*draw_continuous(model, seed, whole, temperature, label))
+        asked = range(max(start, indices.start), min(start + block, indices.stop))
+        part = images[asked.start - start : asked.stop - start]
+        parts.append(_pixels(model, part, seed, asked, temperature))
+    return torch.cat(parts)
 
 
 def generate(

@@ -11,7 +11,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from glowscale.bijections import Sequential
+from glowscale.bijections import Sequential, roots
 from glowscale.checkpoint import load_model
 from glowscale.config import parse_config
 from glowscale.data import Batch, DataError, ShardSet
@@ -25,6 +25,7 @@ from glowscale.dequantization import (
 from glowscale.errors import UserError
 from glowscale.evaluation import bits_per_dim, evaluate, histogram_bits_per_dim, score_block
 from glowscale.models import MultiscaleFlow
+from glowscale.models.assembly import assemble
 from glowscale.training import Trainer
 from tests.conftest import Runner, UniformFlow, last_json, perturb, tiny_glow
 
@@ -46,6 +47,29 @@ def test_blocks_do_not_change_the_figure(model: MultiscaleFlow, held_out: ShardS
         assert result.images == 37
         assert result.bits_per_dim == pytest.approx(expected.bits_per_dim, abs=1e-6)
     assert evaluate(model, held_out, seed=2).bits_per_dim != expected.bits_per_dim
+
+
+def test_probes_of_what_is_not_estimated_are_one(
+    model: MultiscaleFlow, held_out: ShardSet
+) -> None:
+    result = evaluate(model, held_out, seed=1, probes=5)
+    assert result.probes == 1
+    assert result.bits_per_dim == evaluate(model, held_out, seed=1).bits_per_dim
+
+
+def test_an_inverse_that_is_not_found_is_infinitely_far_off(
+    held_out: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roots, "LIMIT", 1)
+    coupling = {
+        "kind": "coupling",
+        "transform": {"kind": "mixture", "components": 2},
+        "network": {"kind": "convolutional", "hidden_channels": 8},
+    }
+    model = assemble((1, 8, 8), 16, levels=[[{"kind": "squeeze"}, coupling]])
+    perturb(model)
+    result = evaluate(model, held_out, seed=0)
+    assert result.round_trip_error == result.prior_round_trip_error == math.inf
 
 
 def test_a_rank_that_is_missing_is_noticed(model: MultiscaleFlow, held_out: ShardSet) -> None:

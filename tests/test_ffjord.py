@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 
 from glowscale.bijections import ActNorm
 from glowscale.bijections.continuous import ContinuousFlow
+from glowscale.bijections.solvers import Solver
 from glowscale.config import parse_config
 from glowscale.data import ShardSet
 from glowscale.distributed import start_accelerator
 from glowscale.errors import UserError
-from glowscale.evaluation import SolverGapError, evaluate
-from glowscale.models import Ffjord
+from glowscale.evaluation import SolverGapError, evaluate, refuse_untrusted
+from glowscale.models import Ffjord, solved
 from glowscale.training import Trainer
 from tests.conftest import Runner, final_tensors, perturb
 
@@ -103,6 +104,16 @@ def test_the_solver_that_trains_is_measured_as_if_it_scored(data_dir: Path) -> N
     assert result.solver_gap is not None
     assert abs(result.training_solver_gap) > 100 * abs(result.solver_gap)
     assert both.flows[0].evaluation_solver.steps == 8
+
+
+def test_a_tight_solve_that_is_given_up_vouches_for_nothing(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(solved, "TIGHT", Solver("dopri5", tolerance=1e-6, evaluation_limit=5))
+    result = evaluate(tiny_ffjord(), ShardSet(data_dir / "test"), seed=0, images=16)
+    assert result.solver_gap == result.training_solver_gap == math.inf
+    with pytest.raises(SolverGapError, match=r"differ by \+inf"):
+        refuse_untrusted(result, 0.5, 0.1)
 
 
 def test_flows_may_leave_the_larger_image_and_what_is_linear_to_others() -> None:

@@ -1,7 +1,9 @@
 """What a user sees of a run and starts one from: warm starts, trackers, speed, shared folders."""
 
 import json
+import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
 from glowscale.checkpoint import (
     find_checkpoint,
@@ -21,12 +24,14 @@ from glowscale.checkpoint import (
     save_checkpoint,
 )
 from glowscale.config import ConfigError, parse_config
+from glowscale.data import Slice
 from glowscale.data.writer import pack_split
 from glowscale.distributed import LaunchError, start_accelerator
 from glowscale.errors import UserError
 from glowscale.evaluation import Evaluation, RoundTripError, refuse_untrusted
 from glowscale.pretrained import ImageModel
 from glowscale.training import Trainer
+from glowscale.training.update import Updater
 from tests.conftest import Runner, job_command, job_environment, random_split
 
 
@@ -43,6 +48,26 @@ def copy_with(config: dict[str, Any], run: Path, **train: Any) -> dict[str, Any]
     content["run"]["dir"] = str(run)
     content["train"] |= train
     return content
+
+
+def test_the_speed_after_a_stop_is_that_of_what_was_done_since(
+    config_dict: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    update = Updater.__call__
+
+    def slow(self: Updater, part: Slice) -> Tensor:
+        time.sleep(0.2)
+        return update(self, part)
+
+    monkeypatch.setattr(Updater, "__call__", slow)
+    config_dict["log"] = {"every": 64}
+    config_dict["checkpoint"]["every"] = 48
+    for _ in range(2):  # the second resumes at image 48
+        train(copy_with(config_dict, tmp_path / "run", images=64))
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"images-{64:012d}")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "times.jsonl").open()]
+    whole, rest = (line["images_per_second"] for line in lines if line["kind"] == "train")
+    assert max(whole, rest) < config_dict["train"]["batch"] / 0.2
 
 
 def test_a_warm_start_begins_with_the_weights_of_a_run_or_a_published_model(

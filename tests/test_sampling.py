@@ -1,5 +1,6 @@
 """Generation: image i depends on (checkpoint, seed, i, temperature), and on nothing else."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import webdataset
 import yaml
 from PIL import Image
+from torch import Tensor
 
 from glowscale.data import ShardSet
 from glowscale.data.existing import index_shards
@@ -83,6 +85,19 @@ def test_a_model_that_blew_up_is_an_error_not_black_images(model: MultiscaleFlow
         model.prior.mean[0] = float("inf")
     with pytest.raises(UserError, match="Sample 3 of seed 0 is not finite"):
         sample_images(model, 0, range(3, 5))
+
+
+def test_images_that_nobody_asked_for_fail_no_job(
+    model: MultiscaleFlow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(images: Tensor, labels: Tensor) -> Tensor:
+        images[5] = math.nan
+        return images
+
+    monkeypatch.setattr(model, "denoise", spoil)
+    assert len(sample_blocks(model, 0, range(2, 5), 1.0, block=8)) == 3
+    with pytest.raises(UserError, match="Sample 5 of seed 0 is not finite"):
+        sample_blocks(model, 0, range(2, 6), 1.0, block=8)
 
 
 def test_the_job_writes_shards_and_a_grid(

@@ -117,7 +117,7 @@ def test_an_unstable_setting_shows_its_masked_updates_and_ends_by_their_number(
     assert last.startswith("Error: 5 updates in a row were not finite (train.masked_limit)")
     assert "for the training images" in last
     assert "first in levels.0." in last
-    assert last.endswith("or bound model.scale.")
+    assert last.endswith("or bound the transforms' scale (tanh, sigmoid).")
     run = tmp_path / "run"
     assert len(lines_of(run, "masked")) >= 5
     assert_finite_checkpoint(run)

@@ -76,7 +76,8 @@ def find_root(
         f"A transform cannot be inverted: {len(left)} of {len(root)} values were not solved to "
         f"{tolerance:.0e} in {LIMIT} evaluations, the worst is off by "
         f"{excess[left].abs().max():.1e}; lower the learning rate so that its parameters stay "
-        f"moderate, or train with activations=recompute, which inverts nothing."
+        f"moderate, sample at a lower temperature, or train with train.activations=recompute, "
+        f"which inverts nothing."
     )
 
 

@@ -63,6 +63,7 @@ def evaluate(
     """
     check_fits(model, shards)
     refuse_idle_samples(model.dequantizer.is_bound, importance_samples)
+    probes = probes if model.is_solved else 1  # all would be equal
     available = shards.manifest.samples
     count = available if images is None else min(images, available)
     blocks = [range(i, min(i + batch, count)) for i in range(0, count, batch)]

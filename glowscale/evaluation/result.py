@@ -26,8 +26,8 @@ class Evaluation:
     trace_standard_error: float | None
     """Of the mean, due to the trace's estimates; None where there is one or none."""
     solver_gap: float | None
-    """Bits/dim by which a tight adaptive solve of the first images differs; None of other
-    models."""
+    """Bits/dim of the first images as scored, less those of a tight adaptive solve; infinite where
+    that was given up; None of other models."""
     dequantization: str
     image_shape: tuple[int, int, int]
     grey_levels: int

@@ -1,10 +1,12 @@
 """How far a model's inverse, and a continuous flow's solver, can be trusted."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from glowscale.bijections.roots import RootError
 from glowscale.data import Batch
 from glowscale.errors import UserError
 from glowscale.evaluation.bits import bits_per_dim
@@ -49,15 +51,15 @@ def refuse_untrusted(
             raise RoundTripError(
                 f"The round trip of {what} is off by {error:.3g} grey levels, more than "
                 f"evaluate.round_trip_limit={round_trip_limit:g}: the model's inverse cannot be "
-                f"trusted; lower train.optimizer.lr, bound model.scale, or allow more (null: "
-                f"anything)."
+                f"trusted; lower train.optimizer.lr, bound the transforms' scale, or allow more "
+                f"(null: anything)."
             )
     gap = result.solver_gap
     if gap is not None and solver_gap_limit is not None and not abs(gap) <= solver_gap_limit:
         raise SolverGapError(
             f"The solver's bits/dim differ by {gap:+.3g} from those of a tight solve, more than "
-            f"evaluate.solver_gap_limit={solver_gap_limit:g}: take more steps in model.solver and "
-            f"model.evaluation_solver, raise model.frobenius, or allow more (null: anything)."
+            f"evaluate.solver_gap_limit={solver_gap_limit:g}: give evaluation_solver more steps "
+            f"or a smaller tolerance, raise model.frobenius, or allow more (null: anything)."
         )
 
 
@@ -80,43 +82,55 @@ def refuse_exploited_solver(result: Evaluation, limit: float | None) -> None:
         raise SolverGapError(
             f"The training's solver is off by {gap:+.3g} bits/dim from a tight solve, more than "
             f"evaluate.solver_gap_limit={limit:g}: what is trained is no likelihood any more; "
-            f"take more steps in model.solver, raise model.frobenius, lower train.optimizer.lr, "
-            f"or allow more (null: anything)."
+            f"give solver more steps or a smaller tolerance, raise model.frobenius, lower "
+            f"train.optimizer.lr, or allow more (null: anything)."
         )
 
 
 def measure_trust(model: MultiscaleFlow, block: Batch, seed: int) -> Tensor:
     """Round-trip errors of a block and of samples, and both solvers' gaps on the block: (4,)."""
-    samples = draw_continuous(model, seed, range(ROUND_TRIPS))
     figures = [
-        _round_trip_of(model, *_dequantized(model, block, seed)),
-        _round_trip_of(model, *samples, clamp=True),
+        _round_trip_of(model, lambda: _dequantized(model, block, seed)),
+        _round_trip_of(
+            model, lambda: draw_continuous(model, seed, range(ROUND_TRIPS)), clamp=True
+        ),
         *_solver_gaps(model, block, seed),
     ]
     return torch.stack(figures)
 
 
 def _solver_gaps(model: MultiscaleFlow, block: Batch, seed: int) -> Tensor:
-    """Mean bits/dim of a block as scored and as trained on, less those of a tight solve: (2,)."""
+    """Mean bits/dim of a block as scored and as trained on, less those of a tight solve: (2,).
+
+    Infinite where the tight solve was given up and done again on a grid, which says nothing.
+    """
     if not model.is_solved:
         return torch.zeros(2, dtype=torch.float64, device=model.device)
     scored = score_block(model, block, seed)
     with model.solving_as("training"):
         trained_on = score_block(model, block, seed)
+    model.take_troubles()  # of these; both are figures of the grid that stands in
     with model.solving_as("tight"):
         tight = score_block(model, block, seed)
+    if model.take_troubles():
+        return torch.full((2,), math.inf, dtype=torch.float64, device=model.device)
     return bits_per_dim(torch.stack([scored, trained_on]) - tight, model.dimensions).mean(1)
 
 
 def _round_trip_of(
-    model: MultiscaleFlow, images: Tensor, labels: Tensor, clamp: bool = False
+    model: MultiscaleFlow, draw: Callable[[], tuple[Tensor, Tensor]], clamp: bool = False
 ) -> Tensor:
     """Largest |decode(encode(x)) − x| over continuous images x, in grey levels, or infinity.
 
-    Where `clamp` is set, both sides are seen as pixels are: no value is beyond the grey levels.
+    `draw` gives the images, and their labels. Where `clamp` is set, both sides are seen as pixels
+    are: no value is beyond the grey levels.
     """
-    latents, _ = model.encode(images, labels)
-    decoded = model.decode(latents, labels)
+    try:
+        images, labels = draw()
+        latents, _ = model.encode(images, labels)
+        decoded = model.decode(latents, labels)
+    except RootError:
+        return torch.full((), math.inf, dtype=torch.float64, device=model.device)
     if clamp:
         images, decoded = (x.clamp(0, model.grey_levels) for x in (images, decoded))
     return (decoded - images).abs().max().double().nan_to_num(nan=math.inf, posinf=math.inf)

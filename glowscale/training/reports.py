@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from glowscale.bijections.roots import RootError
 from glowscale.config import Config
 from glowscale.data import ShardSet
 from glowscale.distributed import failing_together
@@ -59,15 +60,14 @@ class Reports:
         self,
         gradient_norm: Tensor,
         learning_rate: float,
-        seconds: float,
+        speed: float,
         progress: "tqdm[Any]",
     ) -> None:
-        """A line of metrics about the updates since the last one, which took so many seconds."""
+        """A line of metrics about the updates since the last one, so many images a second."""
         bits, images, masked = self.state.window.tolist()
         self.state.window.zero_()
         mean = bits / images if images else None
         progress.set_postfix_str("not finite" if mean is None else f"{mean:.3f} bits/dim")
-        speed = (images + masked * self.config.train.batch) / max(seconds, 1e-9)
         self._record(
             "train",
             {
@@ -165,7 +165,7 @@ class Reports:
                     settings.temperature,
                     block=min(settings.count, BLOCK),
                 )
-            except NonFiniteSampleError as error:
+            except (NonFiniteSampleError, RootError) as error:
                 say(f"WARNING: {error} There is no picture {path}.")
             else:
                 grid = np.asarray(Image.open(path))

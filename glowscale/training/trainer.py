@@ -163,7 +163,7 @@ class Trainer:
             Stopped: as soon as the processes have agreed to, with the state after whole updates.
         """
         settings = self.config
-        seconds = 0.0
+        seconds, since = 0.0, self.state.images
         self._look(progress)
         workers = settings.data.workers
         with closing(self._stream(self.state.images, settings.train.batch, workers)) as batches:
@@ -175,8 +175,9 @@ class Trainer:
                 if self._due(settings.log.every):
                     self.update.settle()
                     rate = self.update.learning_rate()
-                    self.reports.log(gradient_norm, rate, seconds, progress)
-                    seconds = 0.0
+                    speed = (self.state.images - since) / max(seconds, 1e-9)
+                    self.reports.log(gradient_norm, rate, speed, progress)
+                    seconds, since = 0.0, self.state.images
                     with failing_together():
                         self._saver.refuse_failed()
                 looks = {"held_out": settings.evaluate.every, "samples": settings.samples.every}

@@ -163,7 +163,7 @@ class Updater:
         raise DriftError(
             f"At image {self.state.images:,} the input of {name} was rebuilt from its output off "
             f"by {drift:.3g}, more than train.drift_limit={limit:g}: its inverse is not exact "
-            f"enough; set train.activations=recompute, or bound model.scale."
+            f"enough; set train.activations=recompute, or bound the transforms' scale."
         )
 
     def _without_unlabelled(self, part: Slice) -> Slice:
@@ -230,7 +230,7 @@ class Updater:
                 f"{self.state.masked_in_a_row} updates in a row were not finite "
                 f"(train.masked_limit), the last at image {self.state.images:,}{what}; lower "
                 f"train.optimizer.lr, raise train.schedule.warmup_images, set train.clip, or "
-                f"bound model.scale."
+                f"bound the transforms' scale (tanh, sigmoid)."
             )
         if self.accelerator.is_main_process:
             say(
