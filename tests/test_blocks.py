@@ -179,6 +179,7 @@ def test_configs_name_every_matrix_and_mask(registry: dict[str, Any], names: obj
 
 def test_checkerboards_keep_one_colour_and_the_other_by_turns() -> None:
     x = torch.arange(16).view(1, 1, 4, 4)
-    kept = [MASKS["checkerboard"](index).split(x)[0].flatten().tolist() for index in range(3)]
+    masks = [MASKS["checkerboard"](index, True) for index in range(3)]
+    kept = [mask.split(x)[0].flatten().tolist() for mask in masks]
     assert kept[0] == kept[2] == [0, 2, 5, 7, 8, 10, 13, 15]
     assert kept[1] == [1, 3, 4, 6, 9, 11, 12, 14]
