@@ -216,7 +216,9 @@ LEVELS: dict[str, list[dict[str, Any]]] = {
     "coupling": vary(
         "coupling", network=PARTS["network"], mask=["channels", "checkerboard"], **BENT
     ),
-    "recursive": vary("recursive", network=PARTS["network"], recursions=[1], **BENT),
+    "recursive": vary(
+        "recursive", network=PARTS["network"], recursions=[1], **(BENT | {"matrix": MATRICES})
+    ),
     "autoregressive": [
         *vary("autoregressive", network=PARTS["causal"], inverse=[False], **BENT),
         *vary("autoregressive", network=PARTS["causal"], inverse=[True], **BENT),
