@@ -1,11 +1,11 @@
 """The courses of several runs in one picture: bits/dim over the time that their updates took."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from glowscale.errors import UserError
-from glowscale.files import read_lines, write_atomically
+from glowscale.files import read_lines
+from glowscale.pictures import save_figure
 
 SETTLED = 0.1
 """Part of a course after which it decides what the picture shows; the first steps are steep."""
@@ -60,6 +60,4 @@ def save_courses(runs: Sequence[Path], path: Path) -> None:
     axes.set_ylabel("bits/dim in training")
     axes.grid(alpha=0.3)
     axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    write_atomically(path, buffer.getvalue())
+    save_figure(figure, path)

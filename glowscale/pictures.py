@@ -14,6 +14,7 @@ from glowscale.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GAP_SHADE = 64
 """Dark grey, which is told from black and from white images."""
@@ -59,6 +60,11 @@ def save_curves(metrics: Sequence[dict[str, Any]], path: Path) -> None:
         upper = lower = figure.subplots()
     _draw_bits(upper, metrics)
     lower.set_xlabel("images seen")
+    save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Save a figure as a PNG, whole or not at all."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")
     write_atomically(path, buffer.getvalue())

@@ -37,11 +37,9 @@ class ChannelMask:
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The channels of x (B, C, ...) that are kept, and the rest."""
         (kept, *_), (rest, *_) = self.shapes(tuple(x.shape[1:]))
-        if self.swapped:
-            second, first = torch.split(x, [rest, kept], dim=1)
-        else:
-            first, second = torch.split(x, [kept, rest], dim=1)
-        return first, second
+        sizes = [rest, kept] if self.swapped else [kept, rest]
+        first, second = torch.split(x, sizes, dim=1)
+        return (second, first) if self.swapped else (first, second)
 
     def join(self, kept: Tensor, rest: Tensor) -> Tensor:
         """Put the channels together."""

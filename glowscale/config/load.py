@@ -80,8 +80,13 @@ def first_finding(error: ValidationError, prefix: str = "") -> str:
     key = prefix + ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
         return f"the key {key!r} is missing."
-    message = first["msg"].replace("Input should", "it must")
-    return f"the key {key!r} is {first['input']!r}; {message}."
+    return f"the key {key!r} {_complaint(first)}"
+
+
+def _complaint(error: ErrorDetails) -> str:
+    """What pydantic found of a value, as the end of a sentence about it."""
+    message = error["msg"].replace("Input should", "it must")
+    return f"is {error['input']!r}; {message}."
 
 
 def parse_source(kind: str, values: Mapping[str, str]) -> dict[str, Any]:
@@ -97,9 +102,7 @@ def parse_source(kind: str, values: Mapping[str, str]) -> dict[str, Any]:
         )
     except ValidationError as error:
         first = error.errors()[0]
-        name = first["loc"][-1]
-        message = first["msg"].replace("Input should", "it must")
-        raise ConfigError(f"The option {name!r} is {first['input']!r}; {message}.") from None
+        raise ConfigError(f"The option {first['loc'][-1]!r} {_complaint(first)}") from None
     return source.model_dump(exclude={"kind"})
 
 

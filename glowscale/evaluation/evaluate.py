@@ -150,9 +150,7 @@ def _summarize(
         standard_error=float(bits.std() / math.sqrt(count)) if count > 1 else None,
         images=count,
         single_sample_bits_per_dim=float(single.mean()),
-        trace_standard_error=(
-            float(trace_error) if model.is_solved and settings["probes"] > 1 else None
-        ),
+        trace_standard_error=(float(trace_error) if settings["probes"] > 1 else None),
         solver_gap=solver_gap if model.is_solved else None,
         training_solver_gap=training_solver_gap if model.is_solved else None,
         dequantization=model.dequantizer.name,

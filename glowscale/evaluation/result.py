@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,13 @@ class Evaluation:
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Evaluation":
         """What `to_dict` gave, and JSON kept; a figure that was not finite is nan."""
-        optional = {
-            "standard_error",
-            "trace_standard_error",
-            "solver_gap",
-            "training_solver_gap",
-        }
         values: dict[str, Any] = {}
         for field in fields(cls):
             if field.name not in content and field.default is not MISSING:
                 continue  # of an evaluation from before there was such a field
             value = content[field.name]
-            values[field.name] = (
-                math.nan if value is None and field.name not in optional else value
-            )
+            optional = type(None) in get_args(field.type)
+            values[field.name] = math.nan if value is None and not optional else value
         return cls(**values | {"image_shape": tuple(values["image_shape"])})
 
     def to_dict(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def refuse_untrusted(
     """
     errors = {"images": result.round_trip_error, "samples": result.prior_round_trip_error}
     for what, error in errors.items():
-        if round_trip_limit is not None and not error <= round_trip_limit:
+        if _exceeds(error, round_trip_limit):
             raise RoundTripError(
                 f"The round trip of {what} is off by {error:.3g} grey levels, more than "
                 f"evaluate.round_trip_limit={round_trip_limit:g}: the model's inverse cannot be "
@@ -55,7 +55,7 @@ def refuse_untrusted(
                 f"(null: anything)."
             )
     gap = result.solver_gap
-    if gap is not None and solver_gap_limit is not None and not abs(gap) <= solver_gap_limit:
+    if _exceeds(gap, solver_gap_limit):
         raise SolverGapError(
             f"The solver's bits/dim differ by {gap:+.3g} from those of a tight solve, more than "
             f"evaluate.solver_gap_limit={solver_gap_limit:g}: give evaluation_solver more steps "
@@ -78,13 +78,18 @@ def refuse_exploited_solver(result: Evaluation, limit: float | None) -> None:
         SolverGapError: if a tight solve gives another figure by more.
     """
     gap = result.training_solver_gap
-    if gap is not None and limit is not None and not abs(gap) <= limit:
+    if _exceeds(gap, limit):
         raise SolverGapError(
             f"The training's solver is off by {gap:+.3g} bits/dim from a tight solve, more than "
             f"evaluate.solver_gap_limit={limit:g}: what is trained is no likelihood any more; "
             f"give solver more steps or a smaller tolerance, raise model.frobenius, lower "
             f"train.optimizer.lr, or allow more (null: anything)."
         )
+
+
+def _exceeds(figure: float | None, limit: float | None) -> bool:
+    """Whether a figure is beyond its limit, or no number; not where either is missing."""
+    return figure is not None and limit is not None and not abs(figure) <= limit
 
 
 def measure_trust(model: MultiscaleFlow, block: Batch, seed: int) -> Tensor:

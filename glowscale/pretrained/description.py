@@ -72,10 +72,14 @@ class Description(Section):
     files: dict[Literal["model.safetensors", "samples.png"], str] = Field(default_factory=dict)
     """SHA-256 of the files beside; filled in when they are written."""
 
-    def model_section(self) -> dict[str, Any]:
-        """The `model` section of the run's config, all keys; ConfigError if there is no such."""
+    def model_section(self, path: Path = Path(CONFIG)) -> dict[str, Any]:
+        """The `model` section of the run's config, all keys; ConfigError if there is no such.
+
+        Args:
+            path: where the description stands, for that error.
+        """
         section = {"family": self.family, **self.arguments}
-        return {"family": self.family} | complete_model(section, Path(CONFIG), "arguments.")
+        return {"family": self.family} | complete_model(section, path, "arguments.")
 
     def to_json(self) -> bytes:
         """As the content of `config.json`."""
@@ -104,7 +108,7 @@ def read_description(folder: Path) -> Description:
         description = Description.model_validate_json(data)
     except ValidationError as error:
         raise PretrainedError(f"{path}: {first_finding(error)}") from None
-    complete_model({"family": description.family, **description.arguments}, path, "arguments.")
+    description.model_section(path)  # refuses what this version does not know
     return description
 
 
